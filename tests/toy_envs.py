@@ -1,0 +1,82 @@
+"""Small environments whose answers are known, used as `--env-id toy_envs:Name-v0`."""
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
+
+NUM_STATES = 4
+
+
+class Identity(gym.Env):
+    """Reward 1 for repeating the shown state, else 0. Observation one-hot (4,), 16 steps an episode."""
+
+    observation_space = Box(0, 1, (NUM_STATES,), np.float32)
+    action_space = Discrete(NUM_STATES)
+
+    def _observe(self):
+        self.state = int(self.np_random.integers(NUM_STATES))
+        return np.eye(NUM_STATES, dtype=np.float32)[self.state]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.state)
+        return self._observe(), reward, False, False, {}
+
+
+class Constant(gym.Env):
+    """Reward `reward`, the same observation and no end but the time limit."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Discrete(2)
+
+    def __init__(self, reward=1.0, bad_reward_at=None, bad_observation_at=None):
+        self.reward, self.steps = reward, 0
+        self.bad_reward_at, self.bad_observation_at = bad_reward_at, bad_observation_at
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        obs = np.full(1, np.nan if self.steps == self.bad_observation_at else 1, np.float32)
+        return obs, np.nan if self.steps == self.bad_reward_at else self.reward, False, False, {}
+
+
+class Spaces(gym.Env):
+    """Random observations and rewards in any spaces; refuses actions that are not in its action space."""
+
+    def __init__(self, obs="dict", action="shifted"):
+        self.observation_space = {
+            "dict": Dict(a=Box(0, 1, (2, 3), np.float64), b=Discrete(3)),
+            "tuple": Tuple((Box(0, 1, (2,), np.float32), Discrete(3))),
+            "image": Box(0, 255, (4, 4, 3), np.uint8),
+            "float64": Box(0, 1, (3,), np.float64),
+            "multibinary": MultiBinary(3),
+        }[obs]
+        self.action_space = {
+            "shifted": Discrete(3, start=5),
+            "matrix": Box(-0.1, 0.1, (2, 3), np.float32),
+            "float64": Box(-0.1, 0.1, (2,), np.float64),
+            "unbounded": Box(-np.inf, np.inf, (2,), np.float32),
+            "multibinary": MultiBinary(3),
+        }[action]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        terminated = bool(self.np_random.random() < 0.1)
+        return self.observation_space.sample(), float(self.np_random.random()), terminated, False, {}
+
+
+gym.register("Identity-v0", Identity, max_episode_steps=16)
+gym.register("Constant-v0", Constant, max_episode_steps=8)
+gym.register("Spaces-v0", Spaces, max_episode_steps=20)
