@@ -10,11 +10,12 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
-import ppo
 import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import ppo
 
 TINY = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2 --eval-episodes 10".split()
 TINY += "--total-timesteps 256 --num-checkpoints 4".split()
@@ -109,7 +110,7 @@ def test_loss_is_the_clipped_surrogate():
     pairs = zip(ratio.tolist(), normalized)
     surrogate = np.mean([min(r * a, max(0.8, min(1.2, r)) * a) for r, a in pairs])
     squared_error = np.mean((value.detach().numpy() - np.arange(6)) ** 2)
-    probs = policy.probs.detach().numpy()
+    probs = policy.logprobs.detach().exp().numpy()
     entropy = np.mean(-(probs * np.log(probs)).sum(1))
     assert loss.item() == pytest.approx(-surrogate + 0.7 * squared_error - 0.03 * entropy, rel=1e-5)
     assert metrics["loss/policy"].item() == pytest.approx(-surrogate, rel=1e-5)
@@ -147,6 +148,16 @@ def test_any_box_observation_and_discrete_or_box_action(obs, action):
     kwargs = json.dumps({"obs": obs, "action": action})
     folder = run("--env-id", "toy_envs:Spaces-v0", "--env-kwargs", kwargs, *TINY, "--total-timesteps", "64")
     assert load(folder)["step"] == 64
+
+
+def test_categorical_is_that_of_torch():
+    logits, action = torch.randn(5, 3) * 3, torch.tensor([0, 1, 2, 0, 1])
+    ours, theirs = ppo.Categorical(logits), torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(ours.log_prob(action), theirs.log_prob(action))
+    torch.testing.assert_close(ours.entropy(), theirs.entropy())
+    assert torch.equal(ours.mode, theirs.mode)
+    counts = torch.bincount(ppo.Categorical(logits[:1].expand(20_000, 3)).sample(), minlength=3)
+    torch.testing.assert_close(counts / 20_000, theirs.probs[0], atol=0.02, rtol=0)
 
 
 # --- training ---
@@ -440,12 +451,12 @@ BAD_INPUT = {
     "--env-id LunarLander-v2": "use `LunarLander-v3` instead",
     "--env-id no_such_package:Foo-v0": "pip install no_such_package",
     "--env-id FrozenLake-v1": "Discrete(16) need a table, see q_learning.py",
-    "--env-id toy_envs:Spaces-v0 --env-kwargs {\"obs\":\"multibinary\"}": "MultiBinary(3)",
-    "--env-id toy_envs:Spaces-v0 --env-kwargs {\"action\":\"multibinary\"}": "MultiBinary(3) are neither",
+    '--env-id toy_envs:Spaces-v0 --env-kwargs {"obs":"multibinary"}': "MultiBinary(3)",
+    '--env-id toy_envs:Spaces-v0 --env-kwargs {"action":"multibinary"}': "MultiBinary(3) are neither",
     "--env-kwargs {": "--env-kwargs",
     "--env-kwargs [1]": "--env-kwargs",
-    "--env-kwargs {\"foo\":1}": "unexpected keyword argument 'foo'",
-    "--env-kwargs {\"gravity\":5}": "must be between -12 and 0",
+    '--env-kwargs {"foo":1}': "unexpected keyword argument 'foo'",
+    '--env-kwargs {"gravity":5}': "must be between -12 and 0",
     "--learning-rate -1": "--learning-rate -1.0: must be a positive number",
     "--learning-rate nan": "--learning-rate nan: must be a positive number",
     "--clip-coef inf": "--clip-coef inf: must be a positive number",

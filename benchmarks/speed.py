@@ -1,0 +1,250 @@
+"""Steps per second of this project, of Stable-Baselines3 with the same hyperparameters, and of the ceiling.
+
+The ceiling is the environment stepped with random actions. The contenders take turns, each in a process of its
+own, because machines drift: compare numbers of one run only. Stable-Baselines3 runs with one thread and with
+two, the better of a round counts.
+
+    python benchmarks/speed.py                     # all tasks, 5 rounds: benchmarks/speed.csv
+    python benchmarks/speed.py --solve             # time until LunarLander is solved: benchmarks/solve.csv
+"""
+
+import csv
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = ROOT / "benchmarks"
+
+# task: script, steps to measure, its flags, Stable-Baselines3's class and the same hyperparameters
+TASKS = {
+    "ppo LunarLander-v3, 16 envs": (
+        "ppo",
+        65_536,
+        "--num-envs 16 --num-steps 1024 --num-minibatches 256 --update-epochs 4 --learning-rate 3e-4 --no-anneal-lr "
+        "--gamma 0.999 --gae-lambda 0.98 --ent-coef 0.01 --max-grad-norm 0.5",
+        "PPO",
+        {"n_steps": 1024, "batch_size": 64, "n_epochs": 4, "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01},
+    ),
+    "ppo CartPole-v1, 4 envs": (
+        "ppo",
+        40_960,
+        "--env-id CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 "
+        "--learning-rate 3e-4 --no-anneal-lr --gamma 0.99 --gae-lambda 0.95 --max-grad-norm 0.5",
+        "PPO",
+        {"n_steps": 128, "batch_size": 128, "n_epochs": 4},
+    ),
+}
+
+
+def measure_ours(task: str) -> int:
+    """Train through the script's own `train`, with two evaluation episodes in all; returns the steps."""
+    script, steps, flags, _, _ = TASKS[task]
+    module = importlib.import_module(script)
+    flags += f" --total-timesteps {steps} --num-checkpoints 1 --eval-episodes 1"
+    module.train(module.parse_args(flags.split()))
+    return steps
+
+
+def measure_sb3(task: str) -> int:
+    """The same task and hyperparameters in Stable-Baselines3; returns the steps."""
+    import stable_baselines3
+    from stable_baselines3.common.env_util import make_vec_env
+
+    script, steps, flags, algorithm, hyperparameters = TASKS[task]
+    args = importlib.import_module(script).parse_args(flags.split())
+    envs = make_vec_env(args.env_id, n_envs=args.num_envs)
+    getattr(stable_baselines3, algorithm)("MlpPolicy", envs, device="cpu", **hyperparameters).learn(steps)
+    return steps
+
+
+def measure_ceiling(task: str) -> int:
+    """The training environments with random actions; returns the steps."""
+    script, steps, flags, _, _ = TASKS[task]
+    module = importlib.import_module(script)
+    args = module.parse_args(flags.split())
+    envs = module.make_envs(args, args.num_envs)
+    envs.reset(seed=1)
+    actions = [envs.action_space.sample() for _ in range(100)]
+    for i in range(steps // args.num_envs):
+        envs.step(actions[i % 100])
+    return steps
+
+
+def child(task: str, contender: str, threads: int):
+    """Measure one contender and print the result as JSON. Imports are not timed, all else is."""
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports for a second
+    measure = {"ours": measure_ours, "sb3": measure_sb3, "ceiling": measure_ceiling}[contender]
+    importlib.import_module("stable_baselines3" if contender == "sb3" else TASKS[task][0])
+    start = time.perf_counter()
+    steps = measure(task)
+    seconds = time.perf_counter() - start
+    memory = None
+    if sys.platform != "win32":
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
+    print("RESULT", json.dumps({"steps_per_second": round(steps / seconds), "peak_memory_mib": memory}))
+
+
+def run_child(*words) -> dict:
+    """Run this file as a child in an empty folder and return what it measured."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
+        result = subprocess.run(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        )
+    if result.returncode:
+        sys.exit(result.stderr)
+    return json.loads(result.stdout.rpartition("RESULT ")[2])
+
+
+def speed(rounds: int):
+    """All tasks and contenders, interleaved; writes benchmarks/speed.csv and prints medians and ratios."""
+    rows = []
+    for round_number in range(1, rounds + 1):
+        for task in TASKS:
+            for contender, threads in (("ours", 1), ("sb3", 1), ("sb3", 2), ("ceiling", 1)):
+                result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
+                rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
+                print(rows[-1], flush=True)
+    write(HERE / "speed.csv", rows)
+    for task in TASKS:
+        rates = {}
+        for row in rows:
+            if row["task"] == task:
+                rates.setdefault((row["contender"], row["threads"]), []).append(row["steps_per_second"])
+        ours, ceiling = rates["ours", 1], median(rates["ceiling", 1])
+        sb3 = [max(pair) for pair in zip(rates["sb3", 1], rates["sb3", 2])]
+        ratios = [a / b for a, b in zip(ours, sb3)]
+        print(f"{task}: ours {summary(ours)}, Stable-Baselines3 {summary(sb3)}, ceiling {ceiling:,.0f} steps/s")
+        print(f"    {median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}] times it in the same round")
+
+
+def summary(rates: list) -> str:
+    """Median and range."""
+    return f"{median(rates):,.0f} [{min(rates):,} to {max(rates):,}]"
+
+
+def solve_ours(seed: int, solved) -> None:
+    """The script's default run: its evaluations of 10 episodes at each checkpoint go to `solved`."""
+    import ppo
+
+    evaluate = ppo.evaluate
+
+    def reported_evaluate(*args, **kwargs):
+        returns = evaluate(*args, **kwargs)
+        solved(returns.mean())
+        return returns
+
+    ppo.evaluate = reported_evaluate
+    ppo.train(ppo.parse_args(["--seed", str(seed)]))
+
+
+def solve_sb3(seed: int, solved) -> None:
+    """Stable-Baselines3 with RL Zoo's recipe, evaluated at the same pace in the same way."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    class Evaluate(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            if self.num_timesteps % 32_768 == 0:
+                solved(evaluate_policy(self.model, evaluation_envs, n_eval_episodes=10)[0])
+
+    evaluation_envs = make_vec_env("LunarLander-v3", n_envs=10, seed=1000 + seed)
+    envs = make_vec_env("LunarLander-v3", n_envs=16, seed=seed)
+    recipe = TASKS["ppo LunarLander-v3, 16 envs"][4]
+    PPO("MlpPolicy", envs, device="cpu", seed=seed, **recipe).learn(2_000_000, callback=Evaluate())
+
+
+def solve_child(contender: str, seed: int):
+    """Train until two evaluations in a row average 200 and print the time that took as JSON."""
+    import torch
+
+    torch.set_num_threads(1)
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    means, start = [], time.perf_counter()
+
+    def solved(mean):
+        means.append(float(mean))
+        print(f"{time.perf_counter() - start:.1f} s: {mean:.1f}", file=sys.stderr)
+        if sum(means[-2:]) >= 400:
+            raise StopIteration
+
+    seconds = None
+    try:
+        {"ours": solve_ours, "sb3": solve_sb3}[contender](seed, solved)
+    except StopIteration:
+        seconds = round(time.perf_counter() - start, 1)
+    print("RESULT", json.dumps({"evaluations": len(means), "seconds": seconds}))
+
+
+def solve(seeds: int):
+    """Time until LunarLander is solved, side by side; writes benchmarks/solve.csv."""
+    rows = []
+    for seed in range(1, seeds + 1):
+        for contender in ("ours", "sb3"):
+            result = run_child("--child", "--solve", "--contender", contender, "--seed", seed)
+            rows.append({"contender": contender, "seed": seed} | result)
+            print(rows[-1], flush=True)
+    write(HERE / "solve.csv", rows)
+
+
+def write(path: Path, rows: list):
+    """`rows` as CSV, each with the machine it was measured on."""
+    machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version()}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | machine for row in rows)
+
+
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@dataclass
+class Options:
+    rounds: int = 7  # how often each contender is measured
+    solve: bool = False  # measure the time to solve LunarLander instead
+    seeds: int = 3  # seeds of --solve
+    child: bool = False  # (internal) measure one contender
+    task: str = "ppo LunarLander-v3, 16 envs"  # (internal) what to measure
+    contender: str = "ours"  # (internal) ours, sb3 or ceiling
+    threads: int = 1  # (internal) CPU threads of torch
+    seed: int = 1  # (internal) seed of one run of --solve
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, description=__doc__.partition("\n")[0])
+    if options.child and options.solve:
+        solve_child(options.contender, options.seed)
+    elif options.child:
+        child(options.task, options.contender, options.threads)
+    elif options.solve:
+        solve(options.seeds)
+    else:
+        speed(options.rounds)
