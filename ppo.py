@@ -4,12 +4,12 @@ Collect a rollout with the current policy, estimate advantages, then take severa
 gradient steps on the clipped surrogate, which gains nothing from moving the policy further than the clip.
 Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flattened into one).
 
-    python ppo.py                                     # LunarLander-v3, RESULT
-    python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-steps 128 --num-minibatches 4 \
+    python ppo.py                                     # LunarLander-v3: RESULT
+    python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 \
         --gamma 0.98 --ent-coef 0
     python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0
-    python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --gamma 0.9 \
-        --gae-lambda 0.95 --ent-coef 0
+    python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 \
+        --gamma 0.9 --gae-lambda 0.95 --ent-coef 0
 
 Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -57,7 +57,7 @@ class Args:
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 600_000  # environment steps, all environments together
+    total_timesteps: int = 700_000  # environment steps, all environments together
     device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
     num_threads: int = 1  # CPU threads of torch; small networks are fastest with one
     num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
@@ -71,10 +71,10 @@ class Args:
     resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
 
     num_envs: int = 16  # parallel environments (N)
-    num_steps: int = 256  # steps per environment in a rollout (T)
+    num_steps: int = 128  # steps per environment in a rollout (T)
     vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process an environment, if slow
     normalize_observations: bool = False  # by their running mean and variance, saved with the agent
-    learning_rate: float = 1e-3  # of Adam
+    learning_rate: float = 7e-4  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.999  # discount factor
     gae_lambda: float = 0.98  # λ of generalized advantage estimation

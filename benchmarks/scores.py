@@ -18,16 +18,17 @@ from speed import HERE, ROOT, cpu_name
 # script, flags, seeds
 TABLE = [
     ("ppo", "", 3),
-    ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-steps 128 --num-minibatches 4 "
+    ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 1),
-    ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --gamma 0.9 "
-     "--gae-lambda 0.95 --ent-coef 0", 1),
+    ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
+     "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
 ]  # fmt: skip
 PATH = HERE / "scores.csv"
 
 
 def main():
+    """Train what is not in the CSV yet."""
     rows = list(csv.DictReader(PATH.open())) if PATH.exists() else []
     done = {(row["script"], row["flags"], row["seed"]) for row in rows}
     for script, flags, seeds in TABLE:

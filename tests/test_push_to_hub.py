@@ -17,6 +17,7 @@ from conftest import ROOT
 from hub_server import TOKEN, serve
 from test_scripts import every_script, run
 
+import ppo
 import push_to_hub
 
 OPTIONS = "--num-eval-episodes 12 --video-episodes 2 --video-seconds 2".split()
