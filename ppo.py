@@ -15,6 +15,7 @@ Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage
            Estimation, arXiv:1506.02438
+    [Chan] Chan et al. 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
     [KL]   Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
 
@@ -32,7 +33,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -42,7 +43,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete, Tuple
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -57,7 +58,7 @@ class Args:
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 700_000  # environment steps, all environments together
+    total_timesteps: int = 700_000  # environment steps, all environments together, in whole rollouts
     device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
     num_threads: int = 1  # CPU threads of torch; small networks are fastest with one
     num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
@@ -90,7 +91,7 @@ class Args:
         """Refuse values that do not fit together, before anything is built."""
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
-            refuse(f"--num-minibatches {self.num_minibatches}: must divide the {batch_size} steps of a rollout")
+            refuse(f"--num-minibatches {self.num_minibatches}: {batch_size} steps need equal minibatches of 2 or more")
         if self.total_timesteps < batch_size:
             refuse(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
         if max(self.gamma, self.gae_lambda) > 1:
@@ -110,7 +111,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     def make_env():
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
-        if not isinstance(env.observation_space, (Box, Dict, Tuple)):
+        if isinstance(env.observation_space, Discrete):
             refuse(f"--env-id {args.env_id}: observations {env.observation_space} need a table, see q_learning.py")
         if not isinstance(env.action_space, (Box, Discrete)):
             refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
@@ -143,7 +144,7 @@ class ObsNormalizer(nn.Module):
         return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
     def update(self, obs):
-        """Merge the moments of `obs` (..., D) into the running ones, as for two samples [Chan et al. 1979]."""
+        """Merge the moments of `obs` (..., D) into the running ones, as for two samples [Chan]."""
         var, mean = torch.var_mean(obs.flatten(end_dim=-2), dim=0, correction=0)
         count = obs.numel() / obs.shape[-1]
         weight = count / (self.count + count)
@@ -209,10 +210,10 @@ class Agent(nn.Module):
     def forward(self, obs):
         """The policy's distribution over actions and the value (N,) of `obs` (N, D) float32."""
         obs = self.normalize(obs)
-        logits, value = self.actor(obs), self.critic(obs).squeeze(-1)
+        output, value = self.actor(obs), self.critic(obs).squeeze(-1)
         if self.discrete:
-            return Categorical(logits), value
-        policy = Normal(logits, self.log_std.exp(), validate_args=False)
+            return Categorical(logits=output), value
+        policy = Normal(output, self.log_std.exp(), validate_args=False)
         return Independent(policy, 1, validate_args=False), value
 
     def observe(self, obs):
@@ -256,7 +257,7 @@ def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef
     """The loss of one minibatch, every tensor (B, ...), and a dict of scalar tensors worth logging."""
     policy, value = agent(obs)
     log_ratio = policy.log_prob(action) - old_logprob
-    ratio = log_ratio.exp()
+    ratio = log_ratio.exp()  # [PPO, §3]
     clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # [37, detail 7]
     policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).mean()  # [PPO, Eq. 7]
@@ -267,7 +268,7 @@ def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef
         "loss/policy": policy_loss.detach(),
         "loss/value": value_loss.detach(),
         "loss/entropy": entropy.detach(),
-        "train/approx_kl": (ratio - 1 - log_ratio).detach().mean(),  # [KL]
+        "train/approx_kl": (ratio - 1 - log_ratio).detach().mean(),  # old to new policy [KL]
         "train/clip_fraction": (ratio != clipped_ratio).float().mean(),
     }
 
@@ -278,21 +279,21 @@ def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef
 def train(args: Args) -> Path:
     """Train one agent, evaluate it, and return the run folder."""
     torch.set_num_threads(args.num_threads)
-    envs = open_envs(args)
+    envs = open_envs(args, args.num_envs)
     device = pick_device(args.device, envs.single_observation_space)
     seed_everything(args.seed)
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
     batch_size = args.num_envs * args.num_steps
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
         while run.step < run.last_step:
-            if run.step in run.cuts:
+            if run.step in run.cuts:  # evaluate, save, start fresh environments
                 envs, obs = run.cut(envs)
             start, start_time = run.step, time.perf_counter()
 
-            # 1. collect: T steps in N environments with the current policy
+            # 1. collect: T steps in N environments; `rollout` holds tensors (N, ...), `outcomes` arrays (N,)
             rollout, outcomes, final_obs = [], [], []
             for _ in range(args.num_steps):
                 obs = torch.as_tensor(obs, device=device)
@@ -311,14 +312,15 @@ def train(args: Args) -> Path:
             rewards, terminated, done = (torch.as_tensor(np.stack(x), device=device) for x in zip(*outcomes))
             with torch.no_grad():
                 next_values = torch.cat([values[1:], agent(torch.as_tensor(obs, device=device))[1][None]])
-                if final_obs:
+                if final_obs:  # in the order of the mask, by t and then n
                     next_values[done & ~terminated] = agent(torch.as_tensor(np.stack(final_obs), device=device))[1]
             advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
-            batch = all_obs, actions, logprobs, advantages, advantages + values
+            value_targets = advantages + values  # [37, detail 5]
+            batch = all_obs, actions, logprobs, advantages, value_targets
             batch = [x.flatten(end_dim=1) for x in batch]  # (T, N, ...) to (T * N, ...)
 
             # 3. update: several epochs of minibatches, each rollout step once an epoch
-            if args.anneal_lr:
+            if args.anneal_lr:  # from the full rate to one rollout's share above zero [37, detail 4]
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - start / run.last_step)
             history = []
             for _ in range(args.update_epochs):
@@ -336,7 +338,6 @@ def train(args: Args) -> Path:
 
             # 4. log: losses are means over the iteration
             metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
-            value_targets = advantages + values
             metrics["train/explained_variance"] = (1 - advantages.var() / (value_targets.var() + 1e-8)).item()
             metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
             metrics["time/sps"] = batch_size / (time.perf_counter() - start_time)
@@ -365,7 +366,7 @@ def parse_args(argv: list[str]) -> Args:
         flag, equals, value = word.rpartition("=")
         if flag[2:].replace("-", "_") in switches and value.lower() in ("true", "1", "false", "0"):
             return ("--" if value.lower() in ("true", "1") else "--no-") + flag[2:]
-        if re.fullmatch(r"[\d.]+e\+?\d+", value, re.IGNORECASE) and float(value).is_integer():
+        if re.fullmatch(r"\d+(\.\d*)?e\+?\d+", value, re.IGNORECASE) and float(value).is_integer():
             return f"{flag}{equals}{float(value):.0f}"
         return word
 
@@ -382,19 +383,22 @@ def parse_args(argv: list[str]) -> Args:
     may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < float("inf") or value == 0 and name in may_be_zero):
-            refuse(f"--{name.replace('_', '-')} {value}: must be a positive number")
+            refuse(f"--{name.replace('_', '-')} {value}: must be finite and {'>= 0' if name in may_be_zero else '> 0'}")
     args.check()
     return args
 
 
-def open_envs(args: Args) -> VectorEnv:
+def open_envs(args: Args, num_envs: int) -> VectorEnv:
     """The training environments; a wrong --env-id or --env-kwargs is refused with the reason given."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of an old id, which the error names too
-            return make_envs(args, args.num_envs)
+            if args.capture_video:
+                make_envs(args, 1, evaluation=True, render=True).close()
+            return make_envs(args, num_envs)
     except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
-        pip = f" (pip install {args.env_id.partition(':')[0]}?)" if isinstance(error, ModuleNotFoundError) else ""
+        package = args.env_id.partition(":")[0]
+        pip = f" (pip install {package}?)" if f"No module named '{package}'" in str(error) else ""
         refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {error}{pip}")
 
 
@@ -450,13 +454,11 @@ def load_checkpoint(folder: str) -> dict:
         refuse(f"--resume {folder}: not the folder of a run, it holds no checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        script = checkpoint["script"]
-        if script == SCRIPT.name:
-            Args(**checkpoint["config"])
+        if checkpoint["script"] != SCRIPT.name:
+            refuse(f"--resume {folder}: a run of {checkpoint['script']}, to be resumed with that script")
+        Args(**checkpoint["config"])
     except Exception:  # a damaged or foreign file can raise anything
         refuse(f"--resume {folder}: its checkpoint.pt is damaged or none of this program's")
-    if script != SCRIPT.name:
-        refuse(f"--resume {folder}: a run of {script}, to be resumed with that script")
     return checkpoint
 
 
@@ -475,8 +477,7 @@ class Run:
     """
 
     def __init__(self, args: Args, steps_per_iteration: int, **parts):
-        self.args, self.parts, self.config = args, parts, asdict(replace(args, resume=None))
-        state = {"step": 0, "episodes_size": 0, "wandb_id": None}
+        self.args, self.parts, self.config = args, parts, asdict(args) | {"resume": None}
         if args.resume:
             self.folder, state = Path(args.resume), load_checkpoint(args.resume)
             for name, part in parts.items():
@@ -484,10 +485,7 @@ class Run:
         else:
             name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
             self.folder = Path("runs", re.sub("[/:]", "-", name))
-            self.folder.mkdir(parents=True)
-            shutil.copy(SCRIPT, self.folder)
-            about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
-            (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
+            state = {"step": 0, "episodes_size": 0, "wandb_id": None}
         self.step, self.wandb_id, self.wandb = state["step"], state["wandb_id"], None
         iterations, cuts = args.total_timesteps // steps_per_iteration, args.num_checkpoints
         self.last_step = iterations * steps_per_iteration
@@ -498,6 +496,11 @@ class Run:
             who = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
             wandb.init(**who, resume="allow", name=self.folder.name, config=self.config, sync_tensorboard=True)
             self.wandb, self.wandb_id = wandb, wandb.run.id
+        if not args.resume:
+            self.folder.mkdir(parents=True)
+            shutil.copy(SCRIPT, self.folder)
+        about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
+        (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if args.resume else None)
         self.episodes = open(self.folder / "episodes.csv", "ab")
         self.episodes.truncate(state["episodes_size"])  # what came after the checkpoint comes again
@@ -515,7 +518,8 @@ class Run:
         self.episodes.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error_type is not None))
-        if error_type and (self.folder / "checkpoint.pt").exists():
+        failed = error_type and not isinstance(getattr(error, "code", None), str)  # a NaN would come again
+        if failed and (self.folder / "checkpoint.pt").exists():
             resume = f"python {SCRIPT.name} --resume {self.folder}"
             print(f"stopped at step {self.step}; to continue from the last checkpoint: {resume}", file=sys.stderr)
         if error_type is KeyboardInterrupt:
@@ -526,7 +530,7 @@ class Run:
         self.check_finite(observation=obs, reward=reward)
         if "episode" in infos:
             returns, lengths = (infos["episode"][key][infos["_episode"]] for key in "rl")
-            rows = (f"{self.step},{row[0]},{row[1]}\n" for row in zip(returns, lengths))
+            rows = (f"{self.step},{total},{length}\n" for total, length in zip(returns, lengths))
             self.episodes.write("".join(rows).encode())
             self.returns.extend(returns)
             self.log({"episode/return": returns.mean(), "episode/length": lengths.mean()})

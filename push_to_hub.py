@@ -52,7 +52,7 @@ class Options:
     video_seconds: float = 30  # length of the film at most
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     output: str = "hub"  # folder in which packages are made
-    trust_env_package: bool = False  # import the package of a downloaded agent's package:EnvId
+    trust_env_package: bool = False  # import the package that a package:EnvId of somebody else's agent names
 
 
 # What the Deep RL Course asks for: mean - std at least this.
@@ -70,6 +70,8 @@ TAXI_SEEDS = [
     *(54, 82, 45, 95, 89, 59, 95, 124, 9, 113, 58, 85, 51, 134, 121, 169, 105, 21, 30, 11, 50, 65, 12, 43, 82, 145),
     *(152, 97, 106, 55, 31, 85, 38, 112, 102, 168, 123, 97, 21, 83, 158, 26, 80, 63, 5, 81, 32, 11, 28, 148),
 ]
+# What a package is made of; a push deletes what is left of these from an earlier one, and nothing else.
+PACKAGE_FILES = "*.py config.json learning_curve.png logs/* model.safetensors replay.mp4 results.json".split()
 SCRIPT = Path(__file__)
 
 
@@ -87,6 +89,7 @@ class Saved:
     """What a checkpoint and a package have in common."""
 
     folder: Path  # the run's folder, or the package's
+    is_package: bool  # which may come from anybody
     script: str  # file name of the script that trained it
     config: dict  # its flags
     agent: dict  # state_dict of its Agent
@@ -98,22 +101,24 @@ def read(checkpoint: str) -> Saved:
     if checkpoint.startswith("hf://"):
         from huggingface_hub import snapshot_download
 
-        folder = Path(talk_to_hub(lambda: snapshot_download(checkpoint.removeprefix("hf://")), "fetch " + checkpoint))
+        wanted = {"repo_id": checkpoint.removeprefix("hf://"), "allow_patterns": PACKAGE_FILES}
+        folder = Path(talk_to_hub(lambda: snapshot_download(**wanted), f"fetch {checkpoint}"))
     else:
         folder = Path(checkpoint)
         if folder.is_file() and folder.name != "checkpoint.pt":
             refuse(f"--checkpoint {checkpoint}: neither a checkpoint.pt nor a folder")
         folder = folder.parent if folder.is_file() else folder
+    is_package = (folder / "model.safetensors").is_file()
+    if not is_package and not (folder / "checkpoint.pt").is_file():
+        refuse(f"--checkpoint {checkpoint}: no checkpoint.pt and no model.safetensors there")
     try:
-        if (folder / "model.safetensors").is_file():
+        if is_package:
             about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             agent = load_file(folder / "model.safetensors")
-        elif (folder / "checkpoint.pt").is_file():
-            about = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-            agent = about["agent"]
         else:
-            refuse(f"--checkpoint {checkpoint}: no checkpoint.pt and no model.safetensors there")
-        return Saved(folder, str(about["script"]), dict(about["config"]), agent, int(about["step"]))
+            about = torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
+            agent = dict(about["agent"])
+        return Saved(folder, is_package, str(about["script"]), dict(about["config"]), agent, int(about["step"]))
     except Exception:  # a damaged or foreign file can raise anything
         refuse(f"--checkpoint {checkpoint}: damaged, or not written by a script of this project")
 
@@ -135,19 +140,19 @@ def rebuild(saved: Saved, options: Options) -> tuple:
     module = import_script(saved.script)
     try:
         args = module.Args(**saved.config)
-    except TypeError:
+        package, is_foreign, _ = args.env_id.rpartition(":")
+        torch.set_num_threads(args.num_threads)
+    except Exception:  # flags that are missing, too many or of a wrong type
         refuse(f"--checkpoint {options.checkpoint}: its flags are not those of this version of {saved.script}")
-    package = args.env_id.partition(":")[0] if ":" in args.env_id else None
-    if package and options.checkpoint.startswith("hf://") and not options.trust_env_package:
+    if is_foreign and saved.is_package and not options.trust_env_package:
         refuse(f"{args.env_id} would import the package {package}; if you trust it, add --trust-env-package")
-    torch.set_num_threads(args.num_threads)
-    envs = module.open_envs(args)
+    envs = module.open_envs(args, num_envs=1)
     device = module.pick_device(options.device, envs.single_observation_space)
     agent = module.Agent(envs, args).to(device)
     envs.close()
     try:
         agent.load_state_dict(saved.agent)
-    except RuntimeError:
+    except Exception:  # other names, shapes or types
         refuse(f"--checkpoint {options.checkpoint}: its weights do not fit {saved.script} on {args.env_id}")
     return module, args, agent
 
@@ -170,8 +175,12 @@ def score(module: ModuleType, args, agent, options: Options) -> np.ndarray:
 
 
 def film(module: ModuleType, args, agent, options: Options, path: Path):
-    """Film whole episodes into `path`, H.264 in yuv420p, at the environment's own speed."""
-    envs = module.make_envs(args, 1, evaluation=True, render=True)
+    """Film episodes into `path`, H.264 in yuv420p, at the environment's own speed, until --video-seconds."""
+    try:
+        envs = module.make_envs(args, 1, evaluation=True, render=True)
+    except Exception as error:  # a user's environment may raise anything
+        print(f"no video, {args.env_id} does not render: {error}", file=sys.stderr)
+        return
     fps = envs.metadata.get("render_fps", 30)
     envs.close()
     room = max(2, round(options.video_seconds * fps))  # frames
@@ -191,15 +200,17 @@ def film(module: ModuleType, args, agent, options: Options, path: Path):
 # --- packaging ---
 
 
-def train_command(module: ModuleType, args) -> str:
-    """The command that trains this agent: the flags that are not at their default."""
-    words = ["python", f"{module.__name__}.py"]
-    for name, default in asdict(module.Args()).items():
-        value, flag = getattr(args, name), name.replace("_", "-")
+def command(script: str, given, default) -> str:
+    """The command line that gives `script` the flags `given`; those at their `default` go unsaid."""
+    words = ["python", script]
+    for name, value in asdict(given).items():
+        flag = name.replace("_", "-")
+        if value == getattr(default, name):
+            continue
         if isinstance(value, bool):
-            words += [("--" if value else "--no-") + flag] * (value != default)
-        elif value != default:
-            words += [f"--{flag}", str(value)]
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)
 
 
@@ -223,14 +234,14 @@ def draw_learning_curve(saved: Saved, path: Path):
     figure.savefig(path, dpi=120)
 
 
-def model_card(module: ModuleType, args, saved: Saved, results: dict, options: Options, has_curve: bool) -> str:
-    """The README.md of the package; its first metric is what the Deep RL Course reads."""
+def model_card(module: ModuleType, args, saved: Saved, results: dict, options: Options, folder: Path) -> str:
+    """The README.md of the package in `folder`; its first metric is what the Deep RL Course reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
     name, env_name = module.__name__, args.env_id.rpartition(":")[2].rpartition("/")[2]
-    if env_name.startswith("FrozenLake"):
+    if env_name == "FrozenLake-v1":  # as in the Deep RL Course
         kwargs = json.loads(args.env_kwargs)
-        env_name += "-" + kwargs.get("map_name", "4x4") + "-no_slippery" * (not kwargs.get("is_slippery", True))
+        env_name += f"-{kwargs.get('map_name', '4x4')}" + "-no_slippery" * (not kwargs.get("is_slippery", True))
     course_tag = {"q_learning": "q-learning", "reinforce": "reinforce"}.get(name, "deep-rl-course")
     value = f"{results['mean_reward']:.2f} +/- {results['std_reward']:.2f}"
     kind = "reinforcement-learning"
@@ -247,7 +258,9 @@ def model_card(module: ModuleType, args, saved: Saved, results: dict, options: O
     how = "the most likely action" if args.eval_deterministic else "sampled actions"
     repo = options.repo_id or "user/name"
     table = "\n".join(f"| `{key}` | `{value}` |" for key, value in saved.config.items())
-    curve = "![Returns of the training episodes](learning_curve.png)\n\n" if has_curve else ""
+    movie = f"https://huggingface.co/{repo}/resolve/main/replay.mp4"
+    pictures = f'<video src="{movie}" controls autoplay loop muted></video>\n\n' * (folder / "replay.mp4").exists()
+    pictures += "![Training returns](learning_curve.png)\n\n" * (folder / "learning_curve.png").exists()
     return f"""---
 {data.to_yaml()}
 ---
@@ -257,12 +270,10 @@ def model_card(module: ModuleType, args, saved: Saved, results: dict, options: O
 An agent trained with SoloRL's one-file [`{name}.py`]({name}.py) for {saved.step:,} environment steps. Over
 {results["n_eval_episodes"]} episodes with {how} its return is **{value}**.
 
-<video src="https://huggingface.co/{repo}/resolve/main/replay.mp4" controls autoplay loop muted></video>
-
-{curve}## Train it again
+{pictures}## Train it again
 
 ```bash
-{train_command(module, args)}
+{command(saved.script, replace(args, track=False, resume=None), module.Args())}
 ```
 
 ## Use it
@@ -299,6 +310,15 @@ def package_versions(module: ModuleType) -> dict:
 
 def make_package(module: ModuleType, args, agent, saved: Saved, options: Options) -> tuple[Path, dict]:
     """Evaluate, film and write all files; returns the folder, complete or not there, and the results."""
+    is_fetched = options.checkpoint.startswith("hf://")
+    name = options.checkpoint.removeprefix("hf://").replace("/", "-") if is_fetched else saved.folder.resolve().name
+    target = Path(options.output, name)
+    if (target / "checkpoint.pt").exists() or target.is_file():
+        refuse(f"--output {options.output}: the package would overwrite {target}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        refuse(f"--output {options.output}: {error}")
     returns = score(module, args, agent, options)
     results = {
         "env_id": args.env_id,
@@ -308,9 +328,6 @@ def make_package(module: ModuleType, args, agent, saved: Saved, options: Options
         "n_eval_episodes": len(returns),
         "eval_datetime": datetime.now(timezone.utc).isoformat(),
     }
-    name = options.checkpoint.removeprefix("hf://").replace("/", "-") if "hf://" in options.checkpoint else None
-    target = Path(options.output, name or saved.folder.resolve().name)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
         folder = Path(temporary, "package")
         (folder / "logs").mkdir(parents=True)
@@ -322,10 +339,11 @@ def make_package(module: ModuleType, args, agent, saved: Saved, options: Options
         shutil.copy(Path(module.__file__), folder / saved.script)
         for source in (saved.folder, saved.folder / "logs"):
             for path in [*source.glob("events.out.tfevents.*"), *source.glob("episodes.csv")]:
-                shutil.copy(path, folder / "logs" / path.name)
+                if is_fetched or not path.is_symlink():  # a link could point to anything of this user's
+                    shutil.copy(path, folder / "logs" / path.name)
         film(module, args, agent, options, folder / "replay.mp4")
         draw_learning_curve(saved, folder / "learning_curve.png")
-        card = model_card(module, args, saved, results, options, (folder / "learning_curve.png").exists())
+        card = model_card(module, args, saved, results, options, folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(target, ignore_errors=True)
         folder.replace(target)
@@ -337,39 +355,39 @@ def make_package(module: ModuleType, args, agent, saved: Saved, options: Options
 
 def talk_to_hub(request, what: str, remedy: str = ""):
     """The result of `request()`; three tries where the Hub or the network is at fault, then one clear line."""
-    import httpx2
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     reasons = {
         401: "the token is missing or wrong; log in with: hf auth login",
-        403: "this token is not allowed to",
+        403: "this token is not allowed to; it needs write permission, see huggingface.co/settings/tokens",
         404: "no such repository, or not for this token",
     }
     for wait in (1, 3, None):
         try:
             return request()
-        except (HfHubHTTPError, httpx2.HTTPError, OSError, ValueError) as error:
+        except Exception as error:  # of httpx2, of the client, of an upload
             status = getattr(getattr(error, "response", None), "status_code", None)
-            message = reasons.get(status) or f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            if wait is None or isinstance(error, ValueError) or status in reasons:
+            status = 404 if isinstance(error, RepositoryNotFoundError) and not remedy else status
+            message = reasons.get(status) or f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            if wait is None or status in reasons or isinstance(error, HFValidationError):
                 refuse(f"cannot {what}: {message}{remedy}")
             print(f"cannot {what}: {message}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 
 
-def push(folder: Path, options: Options) -> str:
+def push(folder: Path, env_id: str, options: Options) -> str:
     """Upload the package in one commit, which also deletes what an earlier one left; returns the address."""
     from huggingface_hub import HfApi, get_token
 
-    retry = ["python", SCRIPT.name, "--checkpoint", str(folder), "--repo-id", options.repo_id]
-    remedy = f"; the package is in {folder}, to try again: {shlex.join(retry)}"
+    again = replace(options, checkpoint=str(folder), trust_env_package=":" in env_id)
+    remedy = f"; the package is in {folder}, to try again: {command(SCRIPT.name, again, Options(''))}"
     if get_token() is None:
         refuse(f"cannot push to {options.repo_id}: no token; log in with: hf auth login{remedy}")
     api, what = HfApi(), f"push to {options.repo_id}"
     create = {"repo_id": options.repo_id, "private": options.private, "exist_ok": True}
     talk_to_hub(lambda: api.create_repo(**create), what, remedy)
     upload = {"repo_id": options.repo_id, "folder_path": folder, "commit_message": options.commit_message}
-    talk_to_hub(lambda: api.upload_folder(**upload, delete_patterns="*"), what, remedy)
+    talk_to_hub(lambda: api.upload_folder(**upload, delete_patterns=PACKAGE_FILES), what, remedy)
     return f"{api.endpoint}/{options.repo_id}"
 
 
@@ -378,6 +396,8 @@ def main(options: Options):
     for name in ("num_eval_episodes", "video_episodes", "video_seconds"):
         if not 0 < getattr(options, name) < float("inf"):
             refuse(f"--{name.replace('_', '-')} {getattr(options, name)}: must be a positive number")
+    if options.seed < 0:
+        refuse(f"--seed {options.seed}: must not be negative")
     if options.repo_id and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.repo_id):
         refuse(f"--repo-id {options.repo_id}: must be user/name")
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame needs no display then
@@ -391,7 +411,7 @@ def main(options: Options):
         print(f"Deep RL Course: {threshold} asked for, {'passed' if mean - std >= threshold else 'not reached'}")
     print(f"package: {folder}")
     if options.repo_id:
-        print(f"pushed: {push(folder, options)}")
+        print(f"pushed: {push(folder, args.env_id, options)}")
 
 
 if __name__ == "__main__":

@@ -199,14 +199,14 @@ def solve_child(contender: str, seed: int):
 
 
 def solve(seeds: int):
-    """Time until LunarLander is solved, side by side; writes benchmarks/solve.csv."""
+    """Time until LunarLander is solved, side by side; writes benchmarks/solve.csv after each run."""
     rows = []
     for seed in range(1, seeds + 1):
         for contender in ("ours", "sb3"):
             result = run_child("--child", "--solve", "--contender", contender, "--seed", seed)
             rows.append({"contender": contender, "seed": seed} | result)
             print(rows[-1], flush=True)
-    write(HERE / "solve.csv", rows)
+            write(HERE / "solve.csv", rows)
 
 
 def write(path: Path, rows: list):

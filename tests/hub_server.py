@@ -20,6 +20,7 @@ class Hub:
         self.lfs = False  # upload big and small files by lfs
         self.faults = []  # status to answer the next requests with, "cut" to break off the connection
         self.forbidden = False
+        self.fail_blobs = False  # refuse the bytes of files sent by lfs
 
 
 @contextmanager
@@ -99,7 +100,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(status, {"url": f"{address}/{repo}", "name": repo})
         if path.startswith("/lfs/"):
             hub.blobs[path.removeprefix("/lfs/")] = body
-            return self.answer(200)
+            return self.answer(400 if hub.fail_blobs else 200)
         if match := re.fullmatch(r"/(.+/.+)\.git/info/lfs/objects/batch", path):
             objects = json.loads(body)["objects"]
             for entry in objects:

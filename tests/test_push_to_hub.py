@@ -117,6 +117,29 @@ def test_model_card_is_what_the_course_reads(trained):
     assert ppo.parse_args(shlex.split(command)) == ppo.Args(**config)
 
 
+def test_an_environment_that_does_not_render_is_packaged_without_video(capsys):
+    folder = package(run("ppo", "--env-id", "toy_envs:Constant-v0"))
+    assert results(folder) == (8, 0, 12)
+    assert "no video, toy_envs:Constant-v0 does not render" in capsys.readouterr().err
+    assert not (folder / "replay.mp4").exists()
+    assert "<video" not in (folder / "README.md").read_text()
+
+
+def test_a_package_never_replaces_a_run(trained, capsys):
+    with pytest.raises(SystemExit):
+        package(trained("ppo"), "--output", str(trained("ppo").parent))
+    assert "would overwrite" in capsys.readouterr().err
+    assert (trained("ppo") / "checkpoint.pt").exists()
+
+
+def test_links_in_a_package_are_not_followed(trained):
+    folder = package(trained("ppo"))
+    Path("secret").write_text("token")
+    (folder / "logs/events.out.tfevents.link").symlink_to(Path("secret").resolve())
+    shutil.move(folder, "moved")
+    assert not (package("moved") / "logs/events.out.tfevents.link").exists()
+
+
 def test_local_package_needs_no_display_git_or_ffmpeg(trained):
     """With nothing but Python on the PATH, and no account."""
     checkpoint = str(trained("ppo") / "checkpoint.pt")
@@ -162,9 +185,9 @@ def test_push_update_and_fetch_back(hub, trained, lfs, capsys):
     assert f"pushed: {hub.address}/me/cart" in capsys.readouterr().out
     assert len(hub.blobs) == (len(set(ours.values())) if lfs else 0)
     expected = results(folder)
-    hub.repos["me/cart"]["stale.bin"] = b"old"
+    hub.repos["me/cart"] |= {"logs/stale": b"old", "old.py": b"old", "notes.txt": b"the user's own"}
     package(trained("ppo"), "--repo-id", "me/cart", "--commit-message", "second")
-    assert "stale.bin" not in hub.repos["me/cart"]
+    assert set(hub.repos["me/cart"]) == {*ours, ".gitattributes", "notes.txt"}
     assert hub.commits == [("me/cart", "first"), ("me/cart", "second")]
     fetched = package("hf://me/cart")
     assert fetched == Path("hub/me-cart")
@@ -198,12 +221,13 @@ def test_a_failed_push_keeps_the_package_and_says_how_to_retry(hub, trained, fau
     inject, message = FAULTS[fault]
     inject(hub, monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        package(trained("ppo"), "--repo-id", "me/cart")
+        package(trained("ppo"), "--repo-id", "me/cart", "--private", "--tags", "a", "b")
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "push to me/cart" in line]
     assert message in lines[-1]
     folder = Path("hub", trained("ppo").name)
-    assert f"python push_to_hub.py --checkpoint {folder} --repo-id me/cart" in lines[-1]
+    retry = f"python push_to_hub.py --checkpoint {folder} --repo-id me/cart --private --tags a b --num-eval-episodes 12"
+    assert retry in lines[-1]
     assert (folder / "replay.mp4").exists()
     assert not hub.commits
     hub.faults.clear()
@@ -222,6 +246,14 @@ def test_server_down(hub, trained, monkeypatch, capsys):
         package(trained("ppo"), "--repo-id", "me/cart")
     assert stop.value.code == 2
     assert "ConnectError" in capsys.readouterr().err
+
+
+def test_a_failed_file_upload_is_a_fault_like_others(hub, trained, capsys):
+    hub.lfs, hub.fail_blobs = True, True
+    with pytest.raises(SystemExit) as stop:
+        package(trained("ppo"), "--repo-id", "me/cart")
+    assert stop.value.code == 2
+    assert "to try again: python push_to_hub.py" in capsys.readouterr().err
 
 
 def test_500_twice_then_fine(hub, trained, capsys):

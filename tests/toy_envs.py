@@ -56,6 +56,7 @@ class Spaces(gym.Env):
             "image": Box(0, 255, (4, 4, 3), np.uint8),
             "float64": Box(0, 1, (3,), np.float64),
             "multibinary": MultiBinary(3),
+            "discrete": Discrete(5),
         }[obs]
         self.action_space = {
             "shifted": Discrete(3, start=5),
