@@ -4,12 +4,12 @@ Collect a rollout with the current policy, estimate advantages, then take severa
 gradient steps on the clipped surrogate, which gains nothing from moving the policy further than the clip.
 Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flattened into one).
 
-    python ppo.py                                     # LunarLander-v3: RESULT
-    python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 \
-        --gamma 0.98 --ent-coef 0
-    python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0
-    python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 \
-        --gamma 0.9 --gae-lambda 0.95 --ent-coef 0
+    python ppo.py                             # LunarLander-v3: 264, 270, 264 for seeds 1, 2, 3 in 100 s each
+    python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 \
+        --learning-rate 1e-3 --gamma 0.98 --ent-coef 0                              # 500 in 11 s
+    python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0                    # 264 in 114 s
+    python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 \
+        --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0             # -159 in 29 s
 
 Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347

@@ -221,7 +221,7 @@ def readme_commands():
 
 def docstring_commands():
     text = "\n".join(ast.get_docstring(ast.parse(source(name)), clean=False) for name in SCRIPTS)
-    return re.findall(r"^    (python .*)$", text, re.MULTILINE)
+    return re.findall(r"^    (python .*)$", text.replace("\\\n", " "), re.MULTILINE)
 
 
 def test_commands_in_the_readme_and_the_docstrings_parse():
