@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,15 @@ def in_empty_folder(tmp_path, monkeypatch):
 def start():
     """Start a script as a user would: start("ppo.py", "--seed", "2") returns the process."""
     processes = []
+    # A shell's background job ignores Ctrl-C, and so would all that it starts, this test run among them.
+    hear_ctrl_c = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def start_script(script, *flags):
         paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=hear_ctrl_c,
         )  # fmt: skip
         processes.append(process)
         return process
