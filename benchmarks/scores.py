@@ -17,7 +17,7 @@ from speed import HERE, ROOT, cpu_name
 
 # script, flags, seeds
 TABLE = [
-    ("ppo", "", 3),
+    ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 1),
