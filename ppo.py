@@ -55,12 +55,14 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
+    """The flags: first those that all scripts share, then those of this algorithm."""
+
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
     total_timesteps: int = 700_000  # environment steps, all environments together, in whole rollouts
     device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
-    num_threads: int = 1  # CPU threads of torch; small networks are fastest with one
+    num_threads: int = 1  # CPU threads of torch; small networks gain nothing from more than one
     num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
     eval_episodes: int = 100  # episodes of the final evaluation; a tenth of them at each checkpoint
     eval_deterministic: bool = True  # evaluate the most likely action instead of a sampled one
@@ -109,6 +111,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     """
 
     def make_env():
+        """One environment, its spaces checked and its observations flattened."""
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
         if isinstance(env.observation_space, Discrete):
@@ -169,7 +172,7 @@ def make_mlp(num_inputs: int, num_outputs: int, gain: float) -> nn.Sequential:
 
 
 class Categorical:
-    """The distribution over actions 0 to A - 1 with `logits` (B, A); half the cost of torch.distributions'."""
+    """The distribution over actions 0 to A - 1 with `logits` (B, A); torch's own makes an update 14 % slower."""
 
     def __init__(self, logits):
         self.logprobs = logits.log_softmax(-1)
@@ -363,6 +366,7 @@ def parse_args(argv: list[str]) -> Args:
     switches = {field.name for field in fields(Args) if field.type is bool}
 
     def tidy(word):
+        """`word` as tyro takes it."""
         flag, equals, value = word.rpartition("=")
         if flag[2:].replace("-", "_") in switches and value.lower() in ("true", "1", "false", "0"):
             return ("--" if value.lower() in ("true", "1") else "--no-") + flag[2:]
@@ -403,7 +407,7 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:
-    """The device called `name`; auto is a GPU for images, and the CPU for vectors, where it is faster."""
+    """The device called `name`; auto is a GPU for images, and the CPU for vectors, whose networks are small."""
     if name == "auto":
         gpu = len(obs_space.shape) == 3 and torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if gpu else "cpu"

@@ -41,6 +41,8 @@ from tqdm import tqdm
 
 @dataclass
 class Options:
+    """The flags."""
+
     checkpoint: str  # checkpoint.pt, the folder of a run, the folder of a package, or hf://user/name
     repo_id: str | None = None  # user/name on the Hub to push to; nothing leaves this machine without it
     private: bool = False  # make a new repository private
@@ -187,6 +189,7 @@ def film(module: ModuleType, args, agent, options: Options, path: Path):
     with imageio.get_writer(path, fps=fps, codec="libx264", pixelformat="yuv420p", macro_block_size=2) as video:
 
         def add(frame):
+            """Write one frame and take it off the room that is left."""
             nonlocal room
             room -= 1
             video.append_data(frame)

@@ -21,7 +21,7 @@ from conftest import ROOT
 
 # Bounds of physical and code lines (no blanks, comments, docstrings), and a quick way to run each script.
 SCRIPTS = {
-    "ppo": (604, 428, "--env-id CartPole-v1 --total-timesteps 128 --num-envs 2 --num-steps 32 --num-minibatches 2"),
+    "ppo": (605, 427, "--env-id CartPole-v1 --total-timesteps 128 --num-envs 2 --num-steps 32 --num-minibatches 2"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
@@ -30,7 +30,7 @@ SHARED_ARGS = "env_id env_kwargs seed total_timesteps device num_threads num_che
 SHARED_ARGS += " eval_deterministic max_eval_steps capture_video track wandb_project_name wandb_entity resume"
 SECTIONS = ["config", "environment", "network", "algorithm", "training", "plumbing: the same text in every script"]
 
-PROGRAMS = {**SCRIPTS, "push_to_hub": (420, 328, "")}
+PROGRAMS = {**SCRIPTS, "push_to_hub": (421, 327, "")}
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 every_program = pytest.mark.parametrize("name", PROGRAMS)
@@ -116,8 +116,7 @@ def test_line_counter():
 def test_public_definitions_have_docstrings(name):
     for node in ast.walk(ast.parse(source(name))):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            nested = node.name in ("make_env", "tidy", "forward", "Args", "Options", "add")
-            assert nested or ast.get_docstring(node), node.name
+            assert node.name == "forward" or ast.get_docstring(node), node.name
 
 
 @every_script
