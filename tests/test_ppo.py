@@ -208,6 +208,35 @@ def test_learning_rate_falls_and_never_reaches_zero():
     events.Reload()
     rates = [event.value for event in events.Scalars("train/learning_rate")]
     np.testing.assert_allclose(rates, np.linspace(0.8, 0.1, 8), rtol=1e-6)
+    folder = run(*CARTPOLE, "--learning-rate", "0.8", "--no-anneal-lr")
+    np.testing.assert_allclose([e.value for e in sorted_events(folder, "train/learning_rate")], [0.8] * 8, rtol=1e-6)
+
+
+def test_gradients_are_clipped():
+    """Cut down to a norm far below Adam's eps, they hardly move the weights."""
+    ppo.seed_everything(1)
+    args = ppo.parse_args(CARTPOLE)
+    start = torch.cat([p.flatten() for p in ppo.Agent(ppo.make_envs(args, 1), args).state_dict().values()])
+    torch.testing.assert_close(weights(run(*CARTPOLE, "--max-grad-norm", "1e-9")), start, atol=1e-5, rtol=0)
+    assert (weights(run(*CARTPOLE)) - start).abs().max() > 1e-3
+
+
+def test_a_checkpoint_evaluates_a_tenth_of_the_episodes(monkeypatch):
+    counts = []
+    evaluate = ppo.evaluate
+    monkeypatch.setattr(ppo, "evaluate", lambda *args, **kw: counts.append(args[2]) or evaluate(*args, **kw))
+    run(*CARTPOLE, "--eval-episodes", "30")
+    assert counts == [3, 3, 3, 3, 30]
+
+
+def test_sampled_and_most_likely_actions():
+    agent, _ = make_agent("--env-id", "CartPole-v1")
+    obs = torch.zeros(200, 4)
+    assert len(set(agent.act(obs, deterministic=False))) == 2
+    assert len(set(agent.act(obs, deterministic=True))) == 1
+    args = ppo.parse_args(["--env-id", "CartPole-v1", "--no-eval-deterministic"])
+    first, second, other = (ppo.evaluate(agent, args, 10, seed) for seed in (7, 7, 8))
+    assert first.tolist() == second.tolist() != other.tolist()
 
 
 def test_metrics_and_episodes_are_logged():
@@ -230,9 +259,6 @@ def test_truncated_episodes_keep_their_true_last_observation(monkeypatch):
     seen = []
     compute_gae = ppo.compute_gae
     monkeypatch.setattr(ppo, "compute_gae", lambda *args: seen.append(args) or compute_gae(*args))
-    agents = []
-    observe = ppo.Agent.observe
-    monkeypatch.setattr(ppo.Agent, "observe", lambda self, obs: agents.append(self) or observe(self, obs))
     run("--env-id", "Pendulum-v1", *TINY, "--num-steps", "256", "--total-timesteps", "512", "--num-checkpoints", "1")
     rewards, values, next_values, terminated, done = seen[0][:5]
     assert not terminated.any()
@@ -241,6 +267,7 @@ def test_truncated_episodes_keep_their_true_last_observation(monkeypatch):
     inside = ~done[:-1]
     assert torch.equal(next_values[:-1][inside], values[1:][inside])
     assert not torch.isclose(next_values[199], values[200]).any()
+    assert not torch.isclose(next_values[-1], values[-1]).any()
 
 
 @pytest.mark.parametrize("flags", [[], ["--normalize-observations"], ["--vectorization-mode", "async"]])

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -98,6 +99,19 @@ def test_video_ends_with_the_episode(trained):
     _, args, agent = push_to_hub.rebuild(saved, push_to_hub.Options(checkpoint=str(trained("ppo"))))
     steps = sum(ppo.evaluate(agent, args, 1, [seed])[0] for seed in (5, 6))
     assert len(imageio.imread(folder / "replay.mp4")) == steps + 2
+
+
+def test_taxi_is_scored_on_the_seeds_of_the_course():
+    seen = []
+    script = SimpleNamespace(evaluate=lambda agent, args, n, seeds: seen.extend(seeds) or np.zeros(n))
+    options = push_to_hub.Options(checkpoint="")
+    push_to_hub.score(script, SimpleNamespace(env_id="Taxi-v4"), None, options)
+    assert seen[:5] == [16, 54, 165, 177, 191]
+    assert seen[-3:] == [11, 28, 148]
+    assert (len(seen), sum(seen)) == (100, 8859)
+    seen.clear()
+    push_to_hub.score(script, SimpleNamespace(env_id="CartPole-v1"), None, options)
+    assert len(set(seen)) == 100
 
 
 def test_model_card_is_what_the_course_reads(trained):
