@@ -33,6 +33,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections import deque
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -60,7 +61,7 @@ class Args:
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 700_000  # environment steps, all environments together, in whole rollouts
+    total_timesteps: int = 700_000  # environment steps, all environments together
     device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
     num_threads: int = 1  # CPU threads of torch; small networks gain nothing from more than one
     num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
@@ -74,7 +75,7 @@ class Args:
     resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
 
     num_envs: int = 16  # parallel environments (N)
-    num_steps: int = 128  # steps per environment in a rollout (T)
+    num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
     vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process an environment, if slow
     normalize_observations: bool = False  # by their running mean and variance, saved with the agent
     learning_rate: float = 7e-4  # of Adam
@@ -292,7 +293,7 @@ def train(args: Args) -> Path:
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
         while run.step < run.last_step:
-            if run.step in run.cuts:  # evaluate, save, start fresh environments
+            if run.step >= run.next_cut:  # evaluate, save, start fresh environments
                 envs, obs = run.cut(envs)
             start, start_time = run.step, time.perf_counter()
 
@@ -384,7 +385,7 @@ def parse_args(argv: list[str]) -> Args:
             new = getattr(args, name)
             if new != old and name not in free and not (name == "total_timesteps" and new > old):
                 refuse(f"--{name.replace('_', '-')} {new}: the run to resume has {old}")
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef"}
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "start_e", "end_e"}
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < float("inf") or value == 0 and name in may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be finite and {'>= 0' if name in may_be_zero else '> 0'}")
@@ -493,7 +494,8 @@ class Run:
         self.step, self.wandb_id, self.wandb = state["step"], state["wandb_id"], None
         iterations, cuts = args.total_timesteps // steps_per_iteration, args.num_checkpoints
         self.last_step = iterations * steps_per_iteration
-        self.cuts = {self.step} | {iterations * i // cuts * steps_per_iteration for i in range(cuts)}
+        self.cuts = [iterations * i // cuts * steps_per_iteration for i in range(cuts)]
+        self.next_cut = self.step
         if args.track:
             import wandb
 
@@ -509,7 +511,7 @@ class Run:
         self.episodes = open(self.folder / "episodes.csv", "ab")
         self.episodes.truncate(state["episodes_size"])  # what came after the checkpoint comes again
         self.episodes.write(b"" if args.resume else b"step,return,length\n")
-        self.returns = []
+        self.ended, self.returns = [], deque(maxlen=100)
         self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True)
 
     def __enter__(self):
@@ -518,7 +520,8 @@ class Run:
 
     def __exit__(self, error_type, error, traceback):
         self.bar.close()
-        self.writer.close()
+        if error_type is not KeyboardInterrupt and getattr(error, "code", None) != 143:
+            self.writer.close()  # interrupted it may hold its own lock, and would wait for ever
         self.episodes.close()
         if self.wandb:
             self.wandb.finish(exit_code=int(error_type is not None))
@@ -530,23 +533,25 @@ class Run:
             sys.exit(130)
 
     def record(self, obs, reward, infos: dict):
-        """Log the episodes that ended at this step of the environments; stop at a NaN."""
+        """Keep the episodes that ended at this step of the environments; stop at a NaN."""
         self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:
-            returns, lengths = (infos["episode"][key][infos["_episode"]] for key in "rl")
-            rows = (f"{self.step},{total},{length}\n" for total, length in zip(returns, lengths))
-            self.episodes.write("".join(rows).encode())
-            self.returns.extend(returns)
-            self.log({"episode/return": returns.mean(), "episode/length": lengths.mean()})
+        if "episode" in infos:  # numbers from one environment, arrays and a mask from several
+            ended = np.ravel(infos.get("_episode", True))
+            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in "rl")):
+                self.ended.append(episode)
+                self.returns.append(episode[0])
+                self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())
 
     def log(self, metrics: dict):
-        """Write scalars for this step and move the progress bar; stop at a NaN."""
+        """Write scalars for this step, and the means of the episodes since the last; stop at a NaN."""
         self.check_finite(**metrics)
+        if self.ended:
+            metrics = dict(zip(("episode/return", "episode/length"), np.mean(self.ended, axis=0))) | metrics
+            self.bar.set_postfix_str(f"return {np.mean(self.returns):.2f}", refresh=False)
+            self.ended = []
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
-        if self.returns:
-            self.bar.set_postfix_str(f"return {np.mean(self.returns[-100:]):.2f}", refresh=False)
-        self.bar.update(self.step - self.bar.n)
+        self.bar.update(min(self.step, self.last_step) - self.bar.n)
 
     def check_finite(self, **values):
         """End the run where a value is NaN or infinite; the last checkpoint stays."""
@@ -558,8 +563,9 @@ class Run:
         """Evaluate, save, and start fresh environments seeded by (seed, step), with nothing carried over: so a
         resumed run goes on as if never stopped. Returns the environments and their first observations."""
         self.save(envs, max(1, self.args.eval_episodes // 10))
+        self.next_cut = min((cut for cut in self.cuts if cut > self.step), default=float("inf"))
         seed = seed_everything(self.args.seed, self.step, 0)
-        envs = make_envs(self.args, self.args.num_envs)
+        envs = make_envs(self.args, envs.num_envs)
         return envs, envs.reset(seed=seed)[0]
 
     def save(self, envs: VectorEnv, episodes: int) -> np.ndarray:

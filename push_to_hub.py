@@ -73,7 +73,8 @@ TAXI_SEEDS = [
     *(152, 97, 106, 55, 31, 85, 38, 112, 102, 168, 123, 97, 21, 83, 158, 26, 80, 63, 5, 81, 32, 11, 28, 148),
 ]
 # What a package is made of; a push deletes what is left of these from an earlier one, and nothing else.
-PACKAGE_FILES = "*.py config.json learning_curve.png logs/* model.safetensors replay.mp4 results.json".split()
+PACKAGE_FILES = "*.py config.json learning_curve.png policy.png logs/* model.safetensors replay.mp4".split()
+PACKAGE_FILES += ["results.json"]
 SCRIPT = Path(__file__)
 
 
@@ -263,6 +264,7 @@ def model_card(module: ModuleType, args, saved: Saved, results: dict, options: O
     table = "\n".join(f"| `{key}` | `{value}` |" for key, value in saved.config.items())
     movie = f"https://huggingface.co/{repo}/resolve/main/replay.mp4"
     pictures = f'<video src="{movie}" controls autoplay loop muted></video>\n\n' * (folder / "replay.mp4").exists()
+    pictures += "![The greedy policy](policy.png)\n\n" * (folder / "policy.png").exists()
     pictures += "![Training returns](learning_curve.png)\n\n" * (folder / "learning_curve.png").exists()
     return f"""---
 {data.to_yaml()}
@@ -344,6 +346,9 @@ def make_package(module: ModuleType, args, agent, saved: Saved, options: Options
             for path in [*source.glob("events.out.tfevents.*"), *source.glob("episodes.csv")]:
                 if is_fetched or not path.is_symlink():  # a link could point to anything of this user's
                     shutil.copy(path, folder / "logs" / path.name)
+        picture = saved.folder / "policy.png"  # of q_learning.py
+        if picture.is_file() and (is_fetched or not picture.is_symlink()):
+            shutil.copy(picture, folder)
         film(module, args, agent, options, folder / "replay.mp4")
         draw_learning_curve(saved, folder / "learning_curve.png")
         card = model_card(module, args, saved, results, options, folder)

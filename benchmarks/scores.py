@@ -13,10 +13,24 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import gymnasium as gym
+import numpy as np
 from speed import HERE, ROOT, cpu_name
+
+sys.path.insert(0, str(ROOT))
+import push_to_hub  # noqa: E402
 
 # script, flags, seeds
 TABLE = [
+    ("q_learning", "--eval-episodes 10000", 3),
+    ("q_learning", """--env-kwargs '{"is_slippery": false}'""", 3),
+    ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2e6 --eval-episodes 10000", 3),
+    ("q_learning", "--env-id Taxi-v4", 3),
+    ("q_learning", "--env-id CliffWalking-v1", 3),
+    ("reinforce", "", 3),
+    ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
+     """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
+     "--normalize-observations --total-timesteps 4e6 --num-envs 8 --learning-rate 3e-3 --gamma 0.97", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
@@ -37,7 +51,7 @@ def main():
                 rows.append(train(script, flags, seed))
                 print(rows[-1], flush=True)
                 with PATH.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+                    writer = csv.DictWriter(file, rows[-1], restval="", lineterminator="\n")
                     writer.writeheader()
                     writer.writerows(rows)
 
@@ -51,6 +65,15 @@ def train(script: str, flags: str, seed: int) -> dict:
         seconds = time.perf_counter() - start
         (run,) = Path(folder, "runs").iterdir()
         results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
+        note = ""
+        if results["env_id"] == "Taxi-v4":
+            returns, _ = evaluate(run)
+            note = "on the 100 seeds of the Deep RL Course"
+            results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
+        if "FlappyBird" in results["env_id"]:
+            returns, pipes = evaluate(run)
+            results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
+            note = f"{np.mean(pipes):.2f} +/- {np.std(pipes):.2f} pipes"
     return {
         "script": script,
         "env_id": results["env_id"],
@@ -65,7 +88,35 @@ def train(script: str, flags: str, seed: int) -> dict:
         "gymnasium": config["gymnasium"],
         "commit": config["commit"],
         "flags": flags,
+        "note": note,
     }
+
+
+def evaluate(run: Path) -> tuple:
+    """Returns of 100 episodes, evaluated by push_to_hub.py, and the score that the environment counted, if it does."""
+    options, scores = push_to_hub.Options(checkpoint=str(run)), []
+    module, args, agent = push_to_hub.rebuild(push_to_hub.read(str(run)), options)
+    make_envs = module.make_envs
+
+    class KeepScores(gym.vector.VectorWrapper):
+        """Keeps infos["score"] of the first episode of every environment."""
+
+        def reset(self, **kwargs):
+            self.running = np.ones(self.num_envs, dtype=bool)
+            return self.env.reset(**kwargs)
+
+        def step(self, actions):
+            obs, reward, terminated, truncated, infos = self.env.step(actions)
+            ended = self.running & (terminated | truncated)
+            self.running &= ~ended
+            if "score" in infos:
+                scores.extend(infos["score"][ended].tolist())
+            return obs, reward, terminated, truncated, infos
+
+    module.make_envs = lambda *args, **kwargs: KeepScores(make_envs(*args, **kwargs))
+    returns = push_to_hub.score(module, args, agent, options)
+    module.make_envs = make_envs
+    return returns, scores
 
 
 if __name__ == "__main__":

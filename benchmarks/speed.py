@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import gymnasium as gym
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,8 @@ TASKS = {
         "PPO",
         {"n_steps": 128, "batch_size": 128, "n_epochs": 4},
     ),
+    "q_learning FrozenLake-v1": ("q_learning", 1_000_000, "", None, None),  # which is not in Stable-Baselines3
+    "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }
 
 
@@ -73,6 +76,15 @@ def measure_ceiling(task: str) -> int:
     script, steps, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
     args = module.parse_args(flags.split())
+    if script == "q_learning":  # one environment, not even in a vector
+        env = gym.make(args.env_id)
+        env.reset(seed=1)
+        actions = [env.action_space.sample() for _ in range(100)]
+        for i in range(steps):
+            _, _, terminated, truncated, _ = env.step(actions[i % 100])
+            if terminated or truncated:
+                env.reset()
+        return steps
     envs = module.make_envs(args, args.num_envs)
     envs.reset(seed=1)
     actions = [envs.action_space.sample() for _ in range(100)]
@@ -113,25 +125,31 @@ def run_child(*words) -> dict:
     return json.loads(result.stdout.rpartition("RESULT ")[2])
 
 
-def speed(rounds: int):
-    """All tasks and contenders, interleaved; writes benchmarks/speed.csv and prints medians and ratios."""
-    rows = []
+def speed(rounds: int, only: str):
+    """Tasks and contenders, interleaved; writes benchmarks/speed.csv and prints medians and ratios."""
+    rows, tasks = [], [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
-        for task in TASKS:
-            for contender, threads in (("ours", 1), ("sb3", 1), ("sb3", 2), ("ceiling", 1)):
+        for task in tasks:
+            rivals = [("sb3", 1), ("sb3", 2)] if TASKS[task][3] else []
+            for contender, threads in (("ours", 1), *rivals, ("ceiling", 1)):
                 result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
                 rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
                 print(rows[-1], flush=True)
-    write(HERE / "speed.csv", rows)
-    for task in TASKS:
+    write(HERE / "speed.csv", rows, keep=lambda row: row["task"] not in tasks)
+    for task in tasks:
         rates = {}
         for row in rows:
             if row["task"] == task:
                 rates.setdefault((row["contender"], row["threads"]), []).append(row["steps_per_second"])
-        ours, ceiling = rates["ours", 1], median(rates["ceiling", 1])
+        ours, ceiling = rates["ours", 1], rates["ceiling", 1]
+        shares = [a / b for a, b in zip(ours, ceiling)]
+        print(f"{task}: {summary(ours)} steps/s, ceiling {summary(ceiling)}")
+        print(f"    {median(shares):.0%} [{min(shares):.0%} to {max(shares):.0%}] of the ceiling in the same round")
+        if not TASKS[task][3]:
+            continue
         sb3 = [max(pair) for pair in zip(rates["sb3", 1], rates["sb3", 2])]
         ratios = [a / b for a, b in zip(ours, sb3)]
-        print(f"{task}: ours {summary(ours)}, Stable-Baselines3 {summary(sb3)}, ceiling {ceiling:,.0f} steps/s")
+        print(f"    Stable-Baselines3 {summary(sb3)}")
         print(f"    {median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}] times it in the same round")
 
 
@@ -209,13 +227,14 @@ def solve(seeds: int):
             write(HERE / "solve.csv", rows)
 
 
-def write(path: Path, rows: list):
-    """`rows` as CSV, each with the machine it was measured on."""
+def write(path: Path, rows: list, keep=lambda row: False):
+    """`rows` as CSV, each with the machine it was measured on, after those rows of the file to `keep`."""
     machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version()}
+    kept = [row for row in csv.DictReader(path.open()) if keep(row)] if path.exists() else []
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row | machine for row in rows)
+        writer.writerows([*kept, *(row | machine for row in rows)])
 
 
 def cpu_name() -> str:
@@ -229,6 +248,7 @@ def cpu_name() -> str:
 @dataclass
 class Options:
     rounds: int = 7  # how often each contender is measured
+    only: str = ""  # measure the tasks whose names contain this; the CSV keeps the others
     solve: bool = False  # measure the time to solve LunarLander instead
     seeds: int = 3  # seeds of --solve
     child: bool = False  # (internal) measure one contender
@@ -247,4 +267,4 @@ if __name__ == "__main__":
     elif options.solve:
         solve(options.seeds)
     else:
-        speed(options.rounds)
+        speed(options.rounds, options.only)

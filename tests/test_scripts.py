@@ -1,27 +1,39 @@
 """What holds for every script. A new script joins by existing; a pair of scripts by a line in PAIRS."""
 
 import ast
+import csv
 import dataclasses
 import importlib
 import io
 import json
+import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import tokenize
 from itertools import combinations
 from pathlib import Path
 
 import gymnasium as gym
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-# Bounds of physical and code lines (no blanks, comments, docstrings), and a quick way to run each script.
+# Bounds of physical and code lines (no blanks, comments, docstrings), a quick way to run each script (with 4 iterations
+# or more), and the steps with which it takes a few seconds.
 SCRIPTS = {
-    "ppo": (605, 427, "--env-id CartPole-v1 --total-timesteps 128 --num-envs 2 --num-steps 32 --num-minibatches 2"),
+    "q_learning": (490, 341, "--total-timesteps 400 --num-steps 50", "2e5"),
+    "reinforce": (560, 387, "--total-timesteps 400 --num-envs 2", "4e4"),
+    "ppo": (
+        *(610, 431, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        "12800",
+    ),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
@@ -30,7 +42,7 @@ SHARED_ARGS = "env_id env_kwargs seed total_timesteps device num_threads num_che
 SHARED_ARGS += " eval_deterministic max_eval_steps capture_video track wandb_project_name wandb_entity resume"
 SECTIONS = ["config", "environment", "network", "algorithm", "training", "plumbing: the same text in every script"]
 
-PROGRAMS = {**SCRIPTS, "push_to_hub": (421, 327, "")}
+PROGRAMS = {**SCRIPTS, "push_to_hub": (426, 331)}
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 every_program = pytest.mark.parametrize("name", PROGRAMS)
@@ -95,21 +107,18 @@ def count_code_lines(text):
 
 @every_program
 def test_line_budget(name):
-    max_lines, max_code, _ = PROGRAMS[name]
+    max_lines, max_code = PROGRAMS[name][:2]
     text = source(name)
     assert text.count("\n") <= max_lines
-    text = '"""Doc."""\n\n# comment\nx = """a\nb"""\n\ndef f():\n    """Doc\n    doc."""\n    return 1\n'
-    assert count_code_lines(text) == 4
+    assert count_code_lines(text) <= max_code
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name
 
 
 def test_line_counter():
-    assert (
-        count_code_lines('"""Doc."""\n\n# comment\nx = """a\nb"""\n\ndef f():\n    """Doc\n    doc."""\n    return 1\n')
-        == 4
-    )
+    text = '"""Doc."""\n\n# comment\nx = """a\nb"""\n\ndef f():\n    """Doc\n    doc."""\n    return 1\n'
+    assert count_code_lines(text) == 4
 
 
 @every_program
@@ -238,6 +247,332 @@ def test_commands_in_the_readme_and_the_docstrings_parse():
     assert tested == set(SCRIPTS)
 
 
+# --- a run ---
+
+
+def load(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def tensors(value):
+    """All tensors in a checkpoint, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else []
+    return [tensor for v in values for tensor in tensors(v)]
+
+
+def assert_same_run(folder, expected):
+    """The same weights, optimizer, episodes and final score, to the last bit."""
+    ours, theirs = load(folder), load(expected)
+    assert ours["step"] == theirs["step"]
+    assert len(tensors(ours)) == len(tensors(theirs)) > 0
+    assert all(torch.equal(a, b) for a, b in zip(tensors(ours), tensors(theirs)))
+    assert (folder / "episodes.csv").read_text() == (expected / "episodes.csv").read_text()
+    assert mean_reward(folder) == mean_reward(expected)
+
+
+def mean_reward(folder):
+    return json.loads((folder / "results.json").read_text())["mean_reward"]
+
+
+def scalars(folder, name):
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    return events.Scalars(name)
+
+
+@every_script
+def test_run_folder_has_what_it_promises(name):
+    folder = run(name)
+    env_name = importlib.import_module(name).parse_args(flags_of(name)).env_id.replace("/", "-").replace(":", "-")
+    assert folder.parent == Path("runs")
+    assert folder.name.startswith(f"{env_name}__{name}__1__")
+    assert (folder / f"{name}.py").read_text() == (ROOT / f"{name}.py").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    assert {"env_id", "python", "torch", "gymnasium", "ale-py", "device", "commit"} <= set(config)
+    results = json.loads((folder / "results.json").read_text())
+    keys = ["env_id", "mean_reward", "std_reward", "is_deterministic", "n_eval_episodes", "eval_datetime"]
+    assert list(results) == keys
+    assert results["n_eval_episodes"] == 10
+    assert not list(folder.glob("*.tmp"))
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+@every_script
+def test_metrics_and_episodes_are_logged(name):
+    folder = run(name, "--total-timesteps", "2000")
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events.Reload()
+    names = set(events.Tags()["scalars"])
+    wanted = {"episode/return", "episode/length", "time/sps", "eval/return_mean", "eval/return_std"}
+    assert wanted <= names
+    allowed = "loss/policy loss/value loss/entropy loss/td train/approx_kl train/clip_fraction train/grad_norm "
+    allowed += "train/explained_variance train/epsilon train/q_value train/learning_rate"
+    assert names <= wanted | set(allowed.split())
+    steps = [event.step for event in events.Scalars("eval/return_mean")]
+    assert len(steps) == 3
+    assert steps == sorted(set(steps))
+    assert steps[0] == 0
+    assert 900 <= steps[1] < steps[2] == load(folder)["step"]
+    rows = list(csv.DictReader((folder / "episodes.csv").open()))
+    assert len(rows) > 10
+    assert sum(int(row["length"]) for row in rows) <= load(folder)["step"]
+    logged = [event.value for event in events.Scalars("episode/length")]
+    assert min(logged) >= min(int(row["length"]) for row in rows)
+    assert max(logged) <= max(int(row["length"]) for row in rows)
+    if len(logged) == len(rows):
+        np.testing.assert_allclose(logged, [float(row["length"]) for row in rows])
+
+
+@every_script
+def test_loaded_agent_scores_what_training_printed(name, capsys):
+    folder = run(name)
+    checkpoint, module = load(folder), importlib.import_module(name)
+    args = module.Args(**checkpoint["config"])
+    agent = module.Agent(module.make_envs(args, 1), args)
+    agent.load_state_dict(checkpoint["agent"])
+    before = {key: tensor.clone() for key, tensor in agent.state_dict().items()}
+    returns = module.evaluate(agent, args, 10, module.seed_everything(args.seed, checkpoint["step"], 1))
+    assert returns.mean() == mean_reward(folder)
+    assert f"{returns.mean():.2f} +/- {returns.std():.2f} over 10 episodes" in capsys.readouterr().out
+    assert all(torch.equal(before[key], tensor) for key, tensor in agent.state_dict().items())
+
+
+@every_script
+def test_same_seed_same_run_other_seed_another(name):
+    first = run(name)
+    assert_same_run(run(name), first)
+    other = tensors(load(run(name, "--seed", "2"))["agent"])
+    assert not all(torch.equal(a, b) for a, b in zip(tensors(load(first)["agent"]), other))
+
+
+@every_script
+def test_evaluation_does_not_change_training(name):
+    expected = run(name)
+    folder = run(name, "--eval-episodes", "30", "--capture-video")
+    assert (folder / "episodes.csv").read_text() == (expected / "episodes.csv").read_text()
+    assert all(torch.equal(a, b) for a, b in zip(*(tensors(load(f)["agent"]) for f in (folder, expected))))
+    videos = sorted(int(path.stem.removeprefix("step-")) for path in folder.glob("*.mp4"))
+    assert videos == [event.step for event in scalars(folder, "eval/return_mean")]
+    frames = imageio.imread(folder / f"step-{videos[-1]}.mp4")
+    assert len(frames) >= 2
+    assert frames.std() > 5
+
+
+@every_script
+def test_every_cut_starts_other_episodes(name, monkeypatch):
+    module = importlib.import_module(name)
+    seeds = []
+    seed_everything = module.seed_everything
+    monkeypatch.setattr(
+        module, "seed_everything", lambda *key: seeds.append((key, seed_everything(*key))) or seeds[-1][1]
+    )
+    run(name, "--num-checkpoints", "4")
+    cuts = [seed for key, seed in seeds if len(key) == 3 and key[2] == 0]
+    evaluations = [seed for key, seed in seeds if len(key) == 3 and key[2] == 1]
+    assert len(set(cuts)) == len(cuts) == 4
+    assert len(set(evaluations) - set(cuts)) == 5
+
+
+# --- stopping and resuming ---
+
+
+def wait_for_checkpoint(process):
+    deadline = time.monotonic() + 60
+    while not list(Path().glob("runs/*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return next(Path().glob("runs/*/checkpoint.pt")).parent
+
+
+def long_flags(name):
+    return ["--total-timesteps", SCRIPTS[name][3], "--num-checkpoints", "10"]
+
+
+@every_script
+def test_killed_and_resumed_is_the_uninterrupted_run(name, start):
+    process = start(f"{name}.py", *flags_of(name), *long_flags(name))
+    folder = wait_for_checkpoint(process)
+    time.sleep(random.uniform(0, 1))
+    process.kill()
+    process.wait()
+    assert not (folder / "results.json").exists()
+    time.sleep(1)  # TensorBoard orders event files by the second
+    module = importlib.import_module(name)
+    module.train(module.parse_args(["--resume", str(folder)]))
+    expected = run(name, *long_flags(name))
+    assert_same_run(folder, expected)
+    steps = [[event.step for event in scalars(f, "time/sps")] for f in (folder, expected)]
+    assert steps[0] == steps[1]
+
+
+@every_script
+@pytest.mark.parametrize("stop_at", [0, 1, 2, 3])
+def test_a_crash_between_any_two_files_loses_nothing(name, monkeypatch, stop_at):
+    """The machine dies while the checkpoint is half written: the one before stays, and resuming repeats the rest."""
+    save, calls = torch.save, []
+
+    def die(state, path):
+        calls.append(state["step"])
+        if len(calls) == stop_at + 2:
+            Path(path).write_bytes(b"half a file")
+            raise OSError("disk full")
+        save(state, path)
+
+    monkeypatch.setattr(torch, "save", die)
+    with pytest.raises(OSError, match="disk full"):
+        run(name, "--num-checkpoints", "4")
+    monkeypatch.setattr(torch, "save", save)
+    folder = next(Path().glob("runs/*"))
+    assert load(folder)["step"] == calls[stop_at]
+    with open(folder / "episodes.csv", "ab") as file:
+        file.write(b"99999,1.0,1\n888")  # rows after the checkpoint, the last one torn
+    module = importlib.import_module(name)
+    module.train(module.parse_args(["--resume", str(folder)]))
+    assert_same_run(folder, run(name, "--num-checkpoints", "4"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@every_script
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_says_how_to_resume(name, start, signum, code):
+    process = start(f"{name}.py", *flags_of(name), "--total-timesteps", "1e8")
+    folder = wait_for_checkpoint(process)
+    time.sleep(0.5)
+    process.send_signal(signum)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert f"python {name}.py --resume {folder}" in stderr
+    assert "Traceback" not in stderr
+
+
+def test_ctrl_c_while_tensorboard_holds_its_lock(monkeypatch):
+    """Its queue's lock is not released when Ctrl-C hits at the wrong moment: closing it would wait for ever."""
+    module = importlib.import_module("ppo")
+
+    def interrupted(self, *_):
+        self.writer._get_file_writer().event_writer._async_writer._byte_queue.mutex.acquire()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Run, "record", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("ppo")
+    assert stop.value.code == 130
+
+
+@every_script
+def test_resume_a_finished_run_only_repeats_its_evaluation(name):
+    folder = run(name)
+    before = tensors(load(folder)), (folder / "episodes.csv").read_text(), mean_reward(folder)
+    module = importlib.import_module(name)
+    module.train(module.parse_args(["--resume", str(folder)]))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(load(folder)), before[0]))
+    assert ((folder / "episodes.csv").read_text(), mean_reward(folder)) == before[1:]
+
+
+@every_script
+def test_resume_with_more_steps_goes_on(name):
+    folder = run(name)
+    end = load(folder)["step"]
+    module = importlib.import_module(name)
+    module.train(module.parse_args(["--resume", str(folder), "--total-timesteps", "4000", "--device", "cpu"]))
+    checkpoint = load(folder)
+    assert checkpoint["step"] > 3900
+    assert checkpoint["config"]["total_timesteps"] == 4000
+    steps = [int(row["step"]) for row in csv.DictReader((folder / "episodes.csv").open())]
+    assert steps == sorted(steps)
+    assert max(steps) > end
+
+
+# --- bad input ---
+
+
+class Evil:
+    def __reduce__(self):
+        return (open, ("evil.txt", "w"))
+
+
+def bad_folders(name, parent):
+    """Folders that --resume must refuse, and a good one."""
+    folders = {kind: parent / kind for kind in ("empty", "truncated", "other", "evil", "list", "future")}
+    for folder in folders.values():
+        folder.mkdir()
+    good = run(name) / "checkpoint.pt"
+    checkpoint = load(good.parent)
+    (folders["truncated"] / "checkpoint.pt").write_bytes(good.read_bytes()[:-1000])
+    torch.save(checkpoint | {"script": "other.py"}, folders["other"] / "checkpoint.pt")
+    torch.save(checkpoint | {"extra": Evil()}, folders["evil"] / "checkpoint.pt")
+    torch.save([1, 2], folders["list"] / "checkpoint.pt")
+    torch.save(checkpoint | {"config": {"new_flag": 1}}, folders["future"] / "checkpoint.pt")
+    return folders | {"good": good.parent}
+
+
+BAD_INPUT = {
+    "--env-id Foo-v0": "doesn't exist",
+    "--env-id no_such_package:Foo-v0": "pip install no_such_package",
+    "--env-kwargs {": "--env-kwargs",
+    "--env-kwargs [1]": "--env-kwargs",
+    '--env-kwargs {"foo":1}': "unexpected keyword argument 'foo'",
+    "--learning-rate -1": "--learning-rate -1.0: must be finite and > 0",
+    "--learning-rate nan": "--learning-rate nan: must be finite and > 0",
+    "--learning-rate inf": "--learning-rate inf: must be finite and > 0",
+    "--gamma 1.1": "at most 1",
+    "--seed -1": "--seed -1",
+    "--num-checkpoints 0": "--num-checkpoints 0",
+    "--eval-episodes 0": "--eval-episodes 0",
+    "--total-timesteps 0": "--total-timesteps 0",
+    "--device cuda:99": "--device cuda:99: not available",
+    "--device gpu": "--device gpu: not available",
+    "--resume empty": "holds no checkpoint.pt",
+    "--resume missing": "holds no checkpoint.pt",
+    "--resume truncated": "damaged",
+    "--resume evil": "damaged",
+    "--resume list": "damaged",
+    "--resume future": "damaged",
+    "--resume other": "a run of other.py",
+    "--resume good --seed 7": "--seed 7: the run to resume has 1",
+    "--resume good --total-timesteps 128": "--total-timesteps 128: the run to resume has",
+    "--total-timesteps 1.2.3e5": None,
+    "--no-such-flag 1": None,
+    "--seed 1.5": None,
+}
+
+
+def assert_refused(name, bad_input, folder, capsys, folders=()):
+    """One line on stderr and exit code 2 for each of `bad_input`, and nothing written in `folder`."""
+    module = importlib.import_module(name)
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    for flags, message in bad_input.items():
+        words = [str(folders[word]) if word in folders else word for word in flags.split()]
+        with pytest.raises(SystemExit) as stop:
+            module.train(module.parse_args(words))
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2, flags
+        assert out == "", flags
+        if message:  # the others are refused by tyro, in a box
+            assert err.startswith(f"{name}.py: error: "), err
+            assert err.count("\n") == 1, err
+            assert message in err
+    assert sorted(folder.rglob("*")) == before
+
+
+@every_script
+def test_bad_input_is_refused_in_one_line(name, capsys, tmp_path):
+    assert_refused(name, BAD_INPUT, tmp_path, capsys, bad_folders(name, tmp_path))
+
+
+@every_script
+def test_bad_input_from_the_shell(name, start):
+    process = start(f"{name}.py", "--env-id", "LunarLander-v2")
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert "use `LunarLander-v3` instead" in stderr
+    assert not Path("runs").exists()
+
+
 # --- the contract with push_to_hub.py ---
 
 
@@ -247,7 +582,8 @@ def test_contract(name):
     module = importlib.import_module(name)
     folder = run(name)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert {"script", "config", "agent", "optimizer", "step"} <= set(checkpoint)
+    assert {"script", "config", "agent", "step"} <= set(checkpoint)
+    assert "optimizer" in checkpoint or name == "q_learning"  # a table needs none
     assert checkpoint["script"] == f"{name}.py"
     assert json.loads(json.dumps(checkpoint["config"])) == checkpoint["config"]
     args = module.Args(**checkpoint["config"])
@@ -286,7 +622,7 @@ def test_contract(name):
 
 @every_script
 def test_tracking_works_offline_and_keeps_its_id(name, monkeypatch):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()  # or it goes on in the folder of the test before
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(name, "--track", "--capture-video")

@@ -57,6 +57,7 @@ class Spaces(gym.Env):
             "float64": Box(0, 1, (3,), np.float64),
             "multibinary": MultiBinary(3),
             "discrete": Discrete(5),
+            "shifted": Discrete(5, start=3),
         }[obs]
         self.action_space = {
             "shifted": Discrete(3, start=5),
@@ -78,6 +79,25 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), float(self.np_random.random()), terminated, False, {}
 
 
+class Endless(gym.Env):
+    """One state, one action, reward `reward`, no end but the time limit."""
+
+    observation_space = Discrete(1)
+    action_space = Discrete(1)
+
+    def __init__(self, reward=1.0, bad_reward_at=None):
+        self.reward, self.bad_reward_at, self.steps = reward, bad_reward_at, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return 0, {}
+
+    def step(self, action):
+        self.steps += 1
+        return 0, np.nan if self.steps == self.bad_reward_at else self.reward, False, False, {}
+
+
 gym.register("Identity-v0", Identity, max_episode_steps=16)
 gym.register("Constant-v0", Constant, max_episode_steps=8)
+gym.register("Endless-v0", Endless, max_episode_steps=8)
 gym.register("Spaces-v0", Spaces, max_episode_steps=20)

@@ -1,0 +1,76 @@
+"""The lesson on variance: REINFORCE on CartPole-v1 with each baseline, five seeds, drawn into docs/baselines.png.
+
+python benchmarks/baselines.py              # trains what is not in benchmarks/baselines.csv, then draws
+"""
+
+import csv
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from speed import HERE, ROOT
+
+BASELINES = {"none": "#b5541c", "mean": "#3f8f5b", "learned": "#1f4e79"}
+SEEDS = range(1, 6)
+FLAGS = "--num-envs 4 --total-timesteps 3e5 --num-checkpoints 1 --eval-episodes 10 --no-anneal-lr"
+GRID = np.linspace(0, 300_000, 61)[1:]  # steps at which the curves are read
+PATH = HERE / "baselines.csv"
+
+
+def train(baseline: str, seed: int) -> list:
+    """Train one agent; rows of the return and the scatter that the baseline left, at each point of the grid."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "reinforce.py"), *FLAGS.split(), "--baseline", baseline]
+        subprocess.run([*command, "--seed", str(seed)], cwd=folder, check=True, capture_output=True)
+        (run,) = Path(folder, "runs").iterdir()
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+        events.Reload()
+    means = []
+    for name in ("episode/return", "loss/value"):
+        steps, values = (np.array([getattr(e, key) for e in events.Scalars(name)]) for key in ("step", "value"))
+        inside = np.digitize(steps, [0, *GRID], right=True) - 1  # the interval that each update fell into
+        means.append([values[inside == i].mean() if (inside == i).any() else np.nan for i in range(len(GRID))])
+    print(f"{baseline}, seed {seed}: the last return was {means[0][-1]:.0f}", flush=True)
+    return [(baseline, seed, int(s), round(r, 2), round(v**0.5, 3)) for s, r, v in zip(GRID, *means)]
+
+
+def draw(rows: list, path: Path):
+    """Mean over the seeds, and between the worst and the best of them, of return and scatter."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
+    for baseline, color in BASELINES.items():
+        for axis, column in zip(axes, (3, 4)):
+            runs = [[float(r[column]) for r in rows if r[0] == baseline and int(r[1]) == seed] for seed in SEEDS]
+            axis.plot(GRID / 1000, np.nanmean(runs, axis=0), color=color, label=baseline)
+            axis.fill_between(GRID / 1000, np.nanmin(runs, axis=0), np.nanmax(runs, axis=0), color=color, alpha=0.15)
+    axes[0].set(ylabel="return of the training episodes", ylim=(0, 510))
+    axes[1].set(ylabel="root mean square of return-to-go minus baseline", ylim=(0, None))
+    for axis in axes:
+        axis.set(xlabel="thousand environment steps", xlim=(0, 300))
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(frameon=False, title="--baseline")
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    """Train, two at a time; write the CSV; draw it."""
+    rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
+    done = {(row[0], int(row[1])) for row in rows}
+    todo = [(baseline, seed) for seed in SEEDS for baseline in BASELINES if (baseline, seed) not in done]
+    with ThreadPoolExecutor(2) as pool:
+        for new in pool.map(lambda job: train(*job), todo):
+            rows += new
+    with PATH.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("baseline", "seed", "step", "return", "scatter"), *rows])
+    draw(rows, ROOT / "docs" / "baselines.png")
+
+
+if __name__ == "__main__":
+    main()
