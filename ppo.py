@@ -115,7 +115,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         """One environment, its spaces checked and its observations flattened."""
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
-        if isinstance(env.observation_space, Discrete):
+        if isinstance(env.observation_space, Discrete) and isinstance(env.action_space, Discrete):
             refuse(f"--env-id {args.env_id}: observations {env.observation_space} need a table, see q_learning.py")
         if not isinstance(env.action_space, (Box, Discrete)):
             refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
@@ -135,8 +135,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
 # --- network ---
 
 
-class ObsNormalizer(nn.Module):
-    """Scales observations by the mean and variance of all that `update` was shown, (..., D) float32."""
+class Normalizer(nn.Module):
+    """Scales its input by the mean and variance of all that `update` was shown, (..., D) float32."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -205,7 +205,7 @@ class Agent(nn.Module):
         self.discrete = isinstance(self.action_space, Discrete)
         num_inputs = envs.single_observation_space.shape[0]
         num_outputs = int(self.action_space.n) if self.discrete else int(np.prod(self.action_space.shape))
-        self.normalize = ObsNormalizer(num_inputs) if args.normalize_observations else nn.Identity()
+        self.normalize = Normalizer(num_inputs) if args.normalize_observations else nn.Identity()
         self.actor = make_mlp(num_inputs, num_outputs, 0.01)
         self.critic = make_mlp(num_inputs, 1, 1.0)
         if not self.discrete:
@@ -222,7 +222,7 @@ class Agent(nn.Module):
 
     def observe(self, obs):
         """Let the running statistics of --normalize-observations see `obs` (..., D)."""
-        if isinstance(self.normalize, ObsNormalizer):
+        if isinstance(self.normalize, Normalizer):
             self.normalize.update(obs)
 
     def to_env(self, action) -> np.ndarray:
@@ -401,10 +401,11 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
             if args.capture_video:
                 make_envs(args, 1, evaluation=True, render=True).close()
             return make_envs(args, num_envs)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
-        pip = f" (pip install {package}?)" if f"No module named '{package}'" in str(error) else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {error}{pip}")
+        pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:
@@ -535,9 +536,9 @@ class Run:
     def record(self, obs, reward, infos: dict):
         """Keep the episodes that ended at this step of the environments; stop at a NaN."""
         self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:  # numbers from one environment, arrays and a mask from several
-            ended = np.ravel(infos.get("_episode", True))
-            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in "rl")):
+        if "episode" in infos:  # numbers or arrays, these perhaps with a mask of those that ended
+            ended = infos.get("_episode", slice(None))
+            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in ("r", "l"))):
                 self.ended.append(episode)
                 self.returns.append(episode[0])
                 self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())

@@ -1,23 +1,23 @@
 """Tabular Q-learning: learn from every single step what each action is worth in each state.
 
 A table holds, for each state and action, the return to expect from taking that action and only best ones after it.
-It starts at zero. Each step moves one entry a little towards the reward plus the value of the best action in the next
-state. That target asks for the best next action whatever the agent really does next (off-policy), so the agent
-may explore: it behaves ε-greedily, which is to take a random action now and then, and the best one otherwise.
-Observations and actions must be Discrete.
+It starts at zero. Each step moves one entry a little towards the reward plus the discounted value of the best action in
+the next state. That target asks for the best next action whatever the agent really does next (off-policy), so the
+agent may explore: it behaves ε-greedily, which is to take a random action now and then, and the best one otherwise.
+Observations and actions must be Discrete. It runs on the CPU.
 
     python q_learning.py                                                  # FrozenLake-v1
     python q_learning.py --env-kwargs '{"is_slippery": false}'
     python q_learning.py --env-id FrozenLake8x8-v1 --total-timesteps 2e6
-    python q_learning.py --env-id Taxi-v4
+    python q_learning.py --env-id Taxi-v4 --eval-episodes 100
     python q_learning.py --env-id CliffWalking-v1
 
 Sources
     [SB]   Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
-    [W]    Watkins 1989, Learning from Delayed Rewards, PhD thesis, King's College, Cambridge
+    [W]    Watkins 1989, Learning from Delayed Rewards, PhD thesis, King's College, Cambridge: the first account
 
-Deviations from [W]: ε and the learning rate fall with time, in steps of --num-steps. At every checkpoint the
-environment starts afresh, so that a resumed run repeats the uninterrupted one.
+Deviations: ε and the learning rate, which are constant in [SB, §6.5], fall with time, in steps of --num-steps. At every
+checkpoint the environment starts afresh, so that a resumed run repeats the uninterrupted one.
 """
 
 import gc
@@ -70,7 +70,7 @@ class Args:
     wandb_entity: str | None = None  # user or team of --track
     resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
 
-    num_steps: int = 1_000  # steps from one log entry to the next; ε and the learning rate change as often
+    num_steps: int = 1_000  # steps between two log entries and two values of ε; a run is whole multiples
     learning_rate: float = 0.1  # share of the way that an entry moves towards its target (α)
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.995  # discount factor
@@ -108,7 +108,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
             env = gym.wrappers.TransformObservation(env, lambda state: state - states.start, Discrete(states.n))
         if actions.start != 0:
             env = gym.wrappers.TransformAction(env, lambda action: action + actions.start, Discrete(actions.n))
-        return gym.wrappers.RecordEpisodeStatistics(env)
+        return env if evaluation else gym.wrappers.RecordEpisodeStatistics(env)
 
     mode = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
     return SyncVectorEnv([make_env] * num_envs, autoreset_mode=mode)
@@ -127,8 +127,8 @@ class Agent(nn.Module):
         self.epsilon = args.end_e
 
     def act(self, obs, deterministic: bool) -> np.ndarray:
-        """Actions (N,) in the states `obs` (N,) int64: the best ones, or ε-greedy with the last ε of training."""
-        values = self.q_values[obs]
+        """Actions (N,) in the states `obs` (N,): the best ones, or ε-greedy with the last ε of training."""
+        values = self.q_values[obs.long()]
         if deterministic:
             return values.argmax(-1).cpu().numpy()
         return np.array([epsilon_greedy(row, self.epsilon) for row in values.tolist()])
@@ -153,7 +153,7 @@ def epsilon_greedy(action_values: list[float], epsilon: float) -> int:
 def td_error(value: float, reward: float, next_action_values: list[float], terminated: bool, gamma: float) -> float:
     """How far the value of an action is from the reward and what follows, if the best action follows.
 
-    Nothing follows once the episode has terminated. Where it was truncated something would have.
+    Nothing follows once the episode has terminated. If it was truncated, it could have gone on.
     """
     target = reward + gamma * max(next_action_values) * (not terminated)
     return target - value  # [SB, Eq. 6.8]
@@ -178,7 +178,7 @@ def train(args: Args) -> Path:
                 env, state = envs.envs[0], obs[0]  # stepped directly: a vector of one would double the time
             start_time, progress = time.perf_counter(), run.step / run.last_step
             epsilon = linear_schedule(args.start_e, args.end_e, progress / args.exploration_fraction)
-            learning_rate = args.learning_rate * (1 - progress * args.anneal_lr)
+            learning_rate = args.learning_rate * (1 - progress if args.anneal_lr else 1)
             errors = []
             for _ in range(args.num_steps):
                 # 1. act
@@ -215,16 +215,19 @@ def show_policy(args: Args, q_values: np.ndarray, folder: Path):
         return
     lake = env.desc.astype(str)  # (rows, columns) of letters: S start, F frozen, H hole, G goal
     is_end = np.isin(lake, ["H", "G"])
-    best = q_values.argmax(axis=1).reshape(lake.shape)  # actions are 0 left, 1 down, 2 right, 3 up
-    for row in np.where(is_end, lake, np.array([*"<v>^"])[best]):
-        print(" ", *row)
+    arrows = np.array([*"←↓→↑"])[q_values.argmax(axis=1)]  # actions are 0 left, 1 down, 2 right, 3 up
+    arrows[np.ptp(q_values, axis=1) == 0] = "."  # nothing learned there
+    letters = np.where(is_end, lake, arrows.reshape(lake.shape))
+    for row in letters:
+        print(" ", *(letter.translate(str.maketrans("←↓→↑", "<v>^")) for letter in row))  # fit for any terminal
 
     from matplotlib.figure import Figure
 
-    axes = (figure := Figure(figsize=(lake.shape[1] + 1.5, lake.shape[0]), layout="constrained")).subplots()
+    figure = Figure(figsize=(lake.shape[1] + 1.5, lake.shape[0]), layout="constrained")
+    axes = figure.subplots()
     values = np.ma.array(q_values.max(axis=1).reshape(lake.shape), mask=is_end)
     figure.colorbar(axes.imshow(values, cmap="YlGn", alpha=0.7), label="value of the best action")
-    for (y, x), letter in np.ndenumerate(np.where(is_end, lake, np.array([*"←↓→↑"])[best])):
+    for (y, x), letter in np.ndenumerate(letters):
         axes.text(x, y, letter, ha="center", va="center", fontsize=20)
     axes.set(xticks=[], yticks=[], facecolor="lightsteelblue")
     figure.savefig(folder / "policy.png", dpi=120)
@@ -281,10 +284,11 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
             if args.capture_video:
                 make_envs(args, 1, evaluation=True, render=True).close()
             return make_envs(args, num_envs)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
-        pip = f" (pip install {package}?)" if f"No module named '{package}'" in str(error) else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {error}{pip}")
+        pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:
@@ -415,9 +419,9 @@ class Run:
     def record(self, obs, reward, infos: dict):
         """Keep the episodes that ended at this step of the environments; stop at a NaN."""
         self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:  # numbers from one environment, arrays and a mask from several
-            ended = np.ravel(infos.get("_episode", True))
-            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in "rl")):
+        if "episode" in infos:  # numbers or arrays, these perhaps with a mask of those that ended
+            ended = infos.get("_episode", slice(None))
+            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in ("r", "l"))):
                 self.ended.append(episode)
                 self.returns.append(episode[0])
                 self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())

@@ -9,7 +9,7 @@ Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flatt
     python reinforce.py                                                               # CartPole-v1
     python reinforce.py --env-id flappy_bird_gymnasium:FlappyBird-v0 \
         --env-kwargs '{"use_lidar": false, "score_limit": 20}' --normalize-observations \
-        --total-timesteps 4e6 --num-envs 8 --learning-rate 3e-3 --gamma 0.97
+        --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97
 
 Sources
     [W]    Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
@@ -18,12 +18,16 @@ Sources
     [RLOO] Kool et al. 2019, Buy 4 REINFORCE Samples, Get a Baseline for Free!, ICLR workshop
     [Chan] Chan et al. 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
 
-An episode that is truncated, by its time limit or by --num-steps, counts as it is, as if it had ended there: without a
-value function there is nothing to put in place of the rewards that are missing. So the agent learns to maximise the
-return within the limit. ppo.py bootstraps instead.
+An episode that is truncated, by its time limit or by --num-steps, counts as if it had ended there: Monte Carlo
+puts nothing in place of the rewards that are missing, so the agent learns to maximise the return within the limit.
+To put a learned value there is to bootstrap, as ppo.py does.
 
-Deviations: one gradient step of Adam for each batch of episodes, one episode in each environment (taking those that end
-first would favour short ones); no factor gamma^t before the gradient of step t [SB, §13.3].
+A batch is one episode of each environment. To take those that end first would favour short ones, so all wait for the
+longest; what the others play meanwhile is thrown away, though its steps count.
+
+Deviations: the return from each step on in place of the whole [W, §5]; one gradient step of Adam for a batch; no factor
+gamma^t before the gradient of step t [SB, §13.3]; at every checkpoint the environments start afresh, so that
+a resumed run repeats the uninterrupted one.
 """
 
 import gc
@@ -77,8 +81,8 @@ class Args:
     wandb_entity: str | None = None  # user or team of --track
     resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
 
-    num_envs: int = 16  # parallel environments, and episodes in a batch (N)
-    num_steps: int = 1_000  # steps after which an episode that still goes on is broken off
+    num_envs: int = 8  # parallel environments (N), each of which plays one episode of a batch
+    num_steps: int = 1_000  # steps after which an episode is broken off (T); the last may pass --total-timesteps
     baseline: Literal["none", "mean", "learned"] = "learned"  # what is subtracted from the returns
     normalize_observations: bool = False  # by their running mean and variance, saved with the agent
     hidden_size: int = 64  # units of the hidden layer
@@ -107,7 +111,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         """One environment, its spaces checked and its observations flattened."""
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
-        if isinstance(env.observation_space, Discrete):
+        if isinstance(env.observation_space, Discrete) and isinstance(env.action_space, Discrete):
             refuse(f"--env-id {args.env_id}: observations {env.observation_space} need a table, see q_learning.py")
         if not isinstance(env.action_space, (Box, Discrete)):
             refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
@@ -119,15 +123,14 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
 
     if evaluation:
         return SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
-    envs = SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    return SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 # --- network ---
 
 
-class ObsNormalizer(nn.Module):
-    """Scales observations by the mean and variance of all that `update` was shown, (..., D) float32."""
+class Normalizer(nn.Module):
+    """Scales its input by the mean and variance of all that `update` was shown, (..., D) float32."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -163,7 +166,7 @@ class Agent(nn.Module):
         self.discrete = isinstance(self.action_space, Discrete)
         num_inputs = envs.single_observation_space.shape[0]
         num_outputs = int(self.action_space.n) if self.discrete else int(np.prod(self.action_space.shape))
-        self.normalize = ObsNormalizer(num_inputs) if args.normalize_observations else nn.Identity()
+        self.normalize = Normalizer(num_inputs) if args.normalize_observations else nn.Identity()
         self.actor = make_network(num_inputs, num_outputs, args.hidden_size)
         if not self.discrete:
             self.log_std = nn.Parameter(torch.zeros(num_outputs))  # the same in every state
@@ -183,7 +186,7 @@ class Agent(nn.Module):
 
     def observe(self, obs):
         """Let the running statistics of --normalize-observations see `obs` (..., D)."""
-        if isinstance(self.normalize, ObsNormalizer):
+        if isinstance(self.normalize, Normalizer):
             self.normalize.update(obs)
 
     def to_env(self, action) -> np.ndarray:
@@ -217,6 +220,7 @@ def mean_of_the_others(returns, running):
     """For each step (T, N) the mean return, from the same step on, of the other episodes that still run then.
 
     Without the episode itself the mean does not depend on its actions, and so does not bias the gradient [RLOO].
+    The one that runs longest is compared with 0 once it is alone.
     """
     others = running.sum(1, keepdim=True) - running.float()
     return (returns.sum(1, keepdim=True) - returns) / others.clamp(min=1)
@@ -225,15 +229,16 @@ def mean_of_the_others(returns, running):
 def reinforce_loss(agent, obs, action, returns, baseline, num_episodes):
     """The loss of the B steps of `num_episodes` episodes, every tensor (B, ...), and a dict of scalars to log.
 
-    The baseline must not depend on the actions. If it is learned, its gradient flows through the value loss.
+    The baseline of a step must not depend on its action. A learned one learns from the value loss, which has no weight
+    of its own because it moves no other weights than the baseline's.
     """
     policy = agent(obs)
     advantage = returns - baseline.detach()
-    policy_loss = -(advantage * policy.log_prob(action)).sum() / num_episodes  # [W, §5] [SB, §13.4]
+    policy_loss = -(advantage * policy.log_prob(action)).sum() / num_episodes  # [SB, §13.4]
     value_loss = (returns - baseline).square().mean()
     return policy_loss + value_loss, {
         "loss/policy": policy_loss.item(),
-        "loss/value": value_loss.item(),  # also without a learned baseline: the variance that it could take away
+        "loss/value": value_loss.item(),  # what the baseline leaves; of none, all
         "loss/entropy": policy.entropy().mean().item(),
     }
 
@@ -258,39 +263,40 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
             start, start_time = run.step, time.perf_counter()
 
-            # 1. collect: one episode in each of N environments; one that is over waits until all are
-            rollout, running = [], np.ones(args.num_envs, dtype=bool)
+            # 1. collect: an episode in each of N environments, until the longest is over
+            rollout, outcomes, running = [], [], np.ones(args.num_envs, dtype=bool)
             while running.any() and len(rollout) < args.num_steps:
                 obs = torch.as_tensor(obs, device=device)
                 with torch.no_grad():
                     action = agent(obs).sample()
-                next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
-                outcome = (reward * running).astype(np.float32), running
-                rollout.append((obs, action, *(torch.as_tensor(x, device=device) for x in outcome)))
-                infos["_episode"] = running & (terminated | truncated)  # a second one does not count
+                rollout.append((obs, action))
+                obs, reward, terminated, truncated, _ = envs.step(agent.to_env(action))
+                outcomes.append((reward * running, running))
+                running = running & ~(terminated | truncated)
                 run.step += args.num_envs
-                run.record(next_obs, reward, infos)
-                obs, running = next_obs, running & ~(terminated | truncated)
+                run.check_finite(observation=obs, reward=reward)
+            obs, actions = (torch.stack(x) for x in zip(*rollout))  # (T, N, ...)
+            rewards, valid = (np.stack(x) for x in zip(*outcomes))  # (T, N); valid is False after an episode's end
+            run.record(obs.cpu(), rewards, {"episode": {"r": rewards.sum(axis=0), "l": valid.sum(axis=0)}})
 
             # 2. returns, and what they are compared with
-            obs, actions, rewards, running = (torch.stack(x) for x in zip(*rollout))  # (T, N, ...)
-            returns = discounted_returns(rewards, args.gamma)
-            if args.baseline == "learned":
-                baseline = agent.value(obs)
-            elif args.baseline == "mean":
-                baseline = mean_of_the_others(returns, running)
-            else:
-                baseline = torch.zeros_like(returns)
+            returns = discounted_returns(torch.as_tensor(rewards.astype(np.float32), device=device), args.gamma)
+            valid = torch.as_tensor(valid, device=device)
+            baseline = torch.zeros_like(returns)[valid]  # (B,), B steps of all episodes
+            if args.baseline == "mean":
+                baseline = mean_of_the_others(returns, valid)[valid]
+            elif args.baseline == "learned":
+                baseline = agent.value(obs[valid])
 
             # 3. update: one gradient step, then these episodes are of no more use
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - start / run.last_step)
-            batch = (x[running] for x in (obs, actions, returns, baseline))  # (T, N, ...) to (B, ...)
-            loss, metrics = reinforce_loss(agent, *batch, args.num_envs)
+            obs, actions, returns = obs[valid], actions[valid], returns[valid]  # (T, N, ...) to (B, ...)
+            loss, metrics = reinforce_loss(agent, obs, actions, returns, baseline, args.num_envs)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            agent.observe(obs[running])  # last, so that the policy that is updated is the one that acted
+            agent.observe(obs)  # last, so that the policy that is updated is the one that acted
 
             # 4. log
             metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -351,10 +357,11 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
             if args.capture_video:
                 make_envs(args, 1, evaluation=True, render=True).close()
             return make_envs(args, num_envs)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError) as error:
+    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
+        reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
-        pip = f" (pip install {package}?)" if f"No module named '{package}'" in str(error) else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {error}{pip}")
+        pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:
@@ -485,9 +492,9 @@ class Run:
     def record(self, obs, reward, infos: dict):
         """Keep the episodes that ended at this step of the environments; stop at a NaN."""
         self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:  # numbers from one environment, arrays and a mask from several
-            ended = np.ravel(infos.get("_episode", True))
-            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in "rl")):
+        if "episode" in infos:  # numbers or arrays, these perhaps with a mask of those that ended
+            ended = infos.get("_episode", slice(None))
+            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in ("r", "l"))):
                 self.ended.append(episode)
                 self.returns.append(episode[0])
                 self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())

@@ -25,12 +25,12 @@ TABLE = [
     ("q_learning", "--eval-episodes 10000", 3),
     ("q_learning", """--env-kwargs '{"is_slippery": false}'""", 3),
     ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2e6 --eval-episodes 10000", 3),
-    ("q_learning", "--env-id Taxi-v4", 3),
+    ("q_learning", "--env-id Taxi-v4 --eval-episodes 100", 3),
     ("q_learning", "--env-id CliffWalking-v1", 3),
     ("reinforce", "", 3),
     ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
      """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
-     "--normalize-observations --total-timesteps 4e6 --num-envs 8 --learning-rate 3e-3 --gamma 0.97", 3),
+     "--normalize-observations --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),

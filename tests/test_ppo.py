@@ -119,7 +119,7 @@ def test_loss_is_the_clipped_surrogate():
 
 
 def test_normalizer_is_the_moments_of_all_data():
-    normalizer = ppo.ObsNormalizer(3)
+    normalizer = ppo.Normalizer(3)
     data = np.random.default_rng(0).normal(5, [1, 10, 100], size=(7, 50, 3)).astype(np.float32)
     for batch in data:
         normalizer.update(torch.as_tensor(batch))

@@ -9,7 +9,8 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
-from test_scripts import assert_refused, load, mean_reward
+from matplotlib.axes import Axes
+from test_scripts import assert_refused, load, mean_reward, scalars
 
 import q_learning
 from push_to_hub import TAXI_SEEDS
@@ -98,11 +99,12 @@ def test_only_termination_stops_the_bootstrap():
 
 def test_schedules_reach_the_loop(monkeypatch):
     epsilons, epsilon_greedy = [], q_learning.epsilon_greedy
-    monkeypatch.setattr(
-        q_learning,
-        "epsilon_greedy",
-        lambda values, epsilon: epsilons.append(epsilon) or epsilon_greedy(values, epsilon),
-    )
+
+    def spy(values, epsilon):
+        epsilons.append(epsilon)
+        return epsilon_greedy(values, epsilon)
+
+    monkeypatch.setattr(q_learning, "epsilon_greedy", spy)
     run(
         "--total-timesteps",
         "100",
@@ -118,7 +120,22 @@ def test_schedules_reach_the_loop(monkeypatch):
     assert epsilons[::10] == pytest.approx([1, 0.84, 0.68, 0.52, 0.36, 0.2, 0.2, 0.2, 0.2, 0.2])
     flags = "--env-id toy_envs:Endless-v0 --total-timesteps 20 --num-steps 10 --gamma 0 --learning-rate 0.02"
     for flag, left in ("--anneal-lr", 0.98**10 * 0.99**10), ("--no-anneal-lr", 0.98**20):
-        assert q_values(run(*flags.split(), flag)) == pytest.approx(1 - left, abs=1e-6)
+        folder = run(*flags.split(), flag, "--end-e", "0.2")
+        assert q_values(folder) == pytest.approx(1 - left, abs=1e-6)
+    rates = [event.value for event in scalars(folder, "train/learning_rate")]
+    assert rates == pytest.approx([0.02, 0.02])
+    assert [event.value for event in scalars(folder, "train/epsilon")] == pytest.approx([1, 0.2])
+
+
+def test_metrics_of_the_table():
+    """Reward -1 throughout: the errors are negative and halve with every step."""
+    flags = (
+        "--env-id toy_envs:Endless-v0 --total-timesteps 10 --num-steps 10 --gamma 0 --learning-rate 0.5 --no-anneal-lr"
+    )
+    folder = run(*flags.split(), "--env-kwargs", '{"reward": -1}')
+    assert scalars(folder, "loss/td")[0].value == pytest.approx(sum(0.5**k for k in range(10)) / 10)
+    folder = run("--total-timesteps", "5000", "--env-kwargs", '{"is_slippery": false}', "--eval-episodes", "10")
+    assert scalars(folder, "train/q_value")[-1].value == pytest.approx(q_values(folder).max(axis=1).mean(), rel=1e-5)
 
 
 def test_spaces_that_do_not_start_at_zero():
@@ -127,6 +144,12 @@ def test_spaces_that_do_not_start_at_zero():
     folder = run("--env-id", "toy_envs:Spaces-v0", "--env-kwargs", kwargs, "--total-timesteps", "2000")
     assert q_values(folder).shape == (5, 3)
     assert (q_values(folder) != 0).all()
+
+
+def test_small_integers_are_states_too():
+    args = q_learning.parse_args([])
+    agent = q_learning.Agent(q_learning.make_envs(args, 1), args)
+    assert agent.act(torch.tensor([3, 0], dtype=torch.uint8), deterministic=True).shape == (2,)
 
 
 def test_act():
@@ -141,7 +164,9 @@ def test_act():
 # --- the map ---
 
 
-def test_the_policy_is_drawn_over_the_map(capsys):
+def test_the_policy_is_drawn_over_the_map(capsys, monkeypatch):
+    drawn, text = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **kw: drawn.append((y, x, s)) or text(self, x, y, s, **kw))
     kwargs = json.dumps({"is_slippery": False, "desc": ["SFF", "FHF", "FFG"]})
     folder = run("--env-kwargs", kwargs, *EXACT, "--total-timesteps", "5000", "--eval-episodes", "10")
     assert mean_reward(folder) == 1
@@ -157,9 +182,18 @@ def test_the_policy_is_drawn_over_the_map(capsys):
         assert len(path) < 9
     assert len(path) == 4  # the shortest way
     assert (rows[1][2], rows[2][1]) == ("v", ">")
+    letters = [letter for _, _, letter in sorted(drawn)]
+    assert [letter.translate(str.maketrans("←↓→↑", "<v>^")) for letter in letters] == sum(rows, [])
+    assert {"→", "↓"} <= set(letters)
     picture = imageio.imread(folder / "policy.png")
     assert picture.shape[0] > 200
     assert picture.std() > 5
+
+
+def test_no_arrow_where_nothing_was_learned(capsys):
+    run("--env-id", "FrozenLake8x8-v1", "--total-timesteps", "1000", "--eval-episodes", "2")
+    lines = capsys.readouterr().out.splitlines()[-8:]
+    assert set("".join(lines).replace(" ", "")) == {".", "H", "G"}
 
 
 def test_no_map_no_picture(capsys):
@@ -178,11 +212,20 @@ BAD_INPUT = {
     "--total-timesteps 999": "less than the 1000 of --num-steps",
     "--learning-rate 1.5": "--learning-rate 1.5: must be at most 1",
     "--start-e 2": "--start-e 2.0: must be at most 1",
+    "--end-e 2": "--end-e 2.0: must be at most 1",
+    '--env-kwargs {"map_name":"5x5"}': "KeyError('5x5')",
     "--end-e -0.1": "--end-e -0.1: must be finite and >= 0",
     "--exploration-fraction 0": "--exploration-fraction 0.0: must be finite and > 0",
     "--exploration-fraction 1.1": "must be at most 1",
     "--device meta": "--device meta",
 }
+
+
+def test_a_gpu_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr(q_learning, "pick_device", lambda *_: torch.device("cuda"))
+    with pytest.raises(SystemExit):
+        run("--device", "cuda")
+    assert "only the CPU" in capsys.readouterr().err
 
 
 def test_bad_input_is_refused_in_one_line(capsys, tmp_path):

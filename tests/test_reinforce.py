@@ -178,7 +178,9 @@ def test_num_steps_breaks_an_episode_off(seen):
     flags = ["--env-id", "toy_envs:Constant-v0", *TINY, "--gamma", "1", "--num-steps", "5"]
     folder = run(*flags)
     assert all(returns.reshape(5, 3)[0].tolist() == [5, 5, 5] for _, _, _, returns, _, _ in seen)
-    assert (folder / "episodes.csv").read_text() == "step,return,length\n"  # none was finished
+    rows = list(csv.DictReader((folder / "episodes.csv").open()))
+    assert len(rows) == 3 * len(seen)  # or the curve would show the short episodes only
+    assert {(row["return"], row["length"]) for row in rows} == {("5.0", "5")}
 
 
 def test_baselines(seen):
@@ -193,6 +195,41 @@ def test_baselines(seen):
     assert losses[-1] < 6.5  # 5.25, the variance of 1 to 8, is what a constant baseline leaves
     assert "critic.0.weight" in load(folder)["agent"]
     assert "critic.0.weight" not in load(run(*flags, "--baseline", "none"))["agent"]
+
+
+def test_the_mean_is_that_of_the_other_running_episodes(seen):
+    run("--env-id", "CartPole-v1", *TINY, "--gamma", "1", "--baseline", "mean")
+    for _, _, _, returns, baseline, _ in seen:
+        lengths, expected = returns[:3].tolist(), []  # with gamma 1 a return is the number of steps left
+        for t in range(int(max(lengths))):
+            for n, length in enumerate(lengths):
+                others = [other - t for m, other in enumerate(lengths) if m != n and other > t]
+                if length > t:
+                    expected.append(sum(others) / max(1, len(others)))
+        assert baseline.tolist() == pytest.approx(expected)
+
+
+def test_observations_are_normalized(seen):
+    folder = run("--env-id", "CartPole-v1", *TINY, "--normalize-observations")
+    assert load(folder)["agent"]["normalize.count"] == sum(len(args[1]) for args in seen)
+    agent, _ = make_agent("--normalize-observations")
+    obs = torch.randn(50, 4) * 3 + 7
+    before = agent.value(obs)
+    agent.observe(obs)
+    scaled = (obs - obs.mean(0)) / obs.std(0, correction=0)
+    torch.testing.assert_close(agent(obs).logits, torch.log_softmax(agent.actor(scaled), -1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(agent.value(obs), agent.critic(scaled)[:, 0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(before, agent.value(obs))
+
+
+def test_a_box_policy_learns_its_deviation_too():
+    agent, _ = make_agent("--env-id", "Pendulum-v1", "--hidden-size", "9")
+    assert agent.actor[0].weight.shape == (9, 3)
+    obs, action = torch.zeros(2, 3), torch.ones(2, 1)
+    loss, metrics = reinforce.reinforce_loss(agent, obs, action, torch.ones(2), torch.zeros(2), 1)
+    loss.backward()
+    assert agent.log_std.grad.abs().item() > 0
+    assert metrics["loss/entropy"] == pytest.approx(0.5 * np.log(2 * np.pi * np.e), rel=1e-5)
 
 
 @pytest.mark.parametrize("baseline", BASELINES)

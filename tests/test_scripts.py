@@ -1,6 +1,7 @@
 """What holds for every script. A new script joins by existing; a pair of scripts by a line in PAIRS."""
 
 import ast
+import copy
 import csv
 import dataclasses
 import importlib
@@ -28,10 +29,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 # Bounds of physical and code lines (no blanks, comments, docstrings), a quick way to run each script (with 4 iterations
 # or more), and the steps with which it takes a few seconds.
 SCRIPTS = {
-    "q_learning": (490, 341, "--total-timesteps 400 --num-steps 50", "2e5"),
-    "reinforce": (560, 387, "--total-timesteps 400 --num-envs 2", "4e4"),
+    "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
+    "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
     "ppo": (
-        *(610, 431, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(611, 432, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
 }
@@ -319,6 +320,7 @@ def test_metrics_and_episodes_are_logged(name):
     assert len(rows) > 10
     assert sum(int(row["length"]) for row in rows) <= load(folder)["step"]
     logged = [event.value for event in events.Scalars("episode/length")]
+    assert all(event.value > 100 for event in events.Scalars("time/sps"))  # steps, not seconds
     assert min(logged) >= min(int(row["length"]) for row in rows)
     assert max(logged) <= max(int(row["length"]) for row in rows)
     if len(logged) == len(rows):
@@ -345,6 +347,19 @@ def test_same_seed_same_run_other_seed_another(name):
     assert_same_run(run(name), first)
     other = tensors(load(run(name, "--seed", "2"))["agent"])
     assert not all(torch.equal(a, b) for a, b in zip(tensors(load(first)["agent"]), other))
+
+
+@every_script
+def test_the_seed_decides_the_first_weights(name, monkeypatch):
+    module = importlib.import_module(name)
+    saved, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda state, path: saved.append(copy.deepcopy(state)) or save(state, path))
+    for seed in "112":
+        run(name, "--seed", seed)
+    first = [tensors(state["agent"]) for state in saved if state["step"] == 0]
+    assert len(first) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*first[:2]))
+    assert not all(torch.equal(a, b) for a, b in zip(*first[1:])) or module.__name__ == "q_learning"  # starts at zero
 
 
 @every_script
