@@ -84,9 +84,9 @@ class Args:
     num_envs: int = 8  # parallel environments (N), each of which plays one episode of a batch
     num_steps: int = 1_000  # steps after which an episode is broken off (T); the last may pass --total-timesteps
     baseline: Literal["none", "mean", "learned"] = "learned"  # what is subtracted from the returns
-    normalize_observations: bool = False  # by their running mean and variance, saved with the agent
+    normalize_observations: bool = True  # by their running mean and variance, saved with the agent
     hidden_size: int = 64  # units of the hidden layer
-    learning_rate: float = 1e-2  # of Adam
+    learning_rate: float = 5e-3  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.99  # discount factor
 

@@ -15,7 +15,8 @@ from speed import HERE, ROOT
 
 BASELINES = {"none": "#b5541c", "mean": "#3f8f5b", "learned": "#1f4e79"}
 SEEDS = range(1, 6)
-FLAGS = "--num-envs 4 --total-timesteps 3e5 --num-checkpoints 1 --eval-episodes 10 --no-anneal-lr"
+FLAGS = "--num-envs 4 --total-timesteps 3e5 --learning-rate 1e-2 --no-anneal-lr --no-normalize-observations"
+FLAGS += " --num-checkpoints 1 --eval-episodes 10"
 GRID = np.linspace(0, 300_000, 61)[1:]  # steps at which the curves are read
 PATH = HERE / "baselines.csv"
 

@@ -244,7 +244,8 @@ def test_learning_rate_falls_and_never_reaches_zero():
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 0.5
     folder = run(*TINY, "--learning-rate", "0.8", "--no-anneal-lr")
-    assert [event.value for event in scalars(folder, "train/learning_rate")] == pytest.approx([0.8] * len(rates))
+    rates = [event.value for event in scalars(folder, "train/learning_rate")]
+    assert rates == pytest.approx([0.8] * len(rates))
 
 
 def test_sampled_and_most_likely_actions():
