@@ -6,10 +6,10 @@ leaves the average gradient as it is and takes away much of the scatter. --basel
 episodes of the batch, or a learned value function; loss/value shows what scatter each of them leaves.
 Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flattened into one).
 
-    python reinforce.py                                                               # CartPole-v1
+    python reinforce.py                                             # CartPole-v1: 500 in 25 s
     python reinforce.py --env-id flappy_bird_gymnasium:FlappyBird-v0 \
         --env-kwargs '{"use_lidar": false, "score_limit": 20}' --normalize-observations \
-        --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97
+        --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97     # 12 to 18 pipes of 20 in 2 min
 
 Sources
     [W]    Williams 1992, Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement
