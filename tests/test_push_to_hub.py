@@ -87,7 +87,7 @@ def test_video_has_the_frames_of_whole_episodes(name, trained):
     assert meta["codec"] == "h264"
     assert meta["pix_fmt"].startswith("yuv420p")
     assert frames.shape[1] % 2 == frames.shape[2] % 2 == 0
-    assert 2 <= len(frames) <= round(0.2 * meta["fps"])
+    assert 2 <= len(frames) <= max(2, round(0.2 * meta["fps"]))
     assert frames.std() > 5  # not black
     assert len(np.unique(frames.mean(axis=(1, 2, 3)))) > 1 or (frames[0] != frames[-1]).any()
 
