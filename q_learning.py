@@ -218,8 +218,6 @@ def show_policy(args: Args, q_values: np.ndarray, folder: Path):
     arrows = np.array([*"←↓→↑"])[q_values.argmax(axis=1)]  # actions are 0 left, 1 down, 2 right, 3 up
     arrows[np.ptp(q_values, axis=1) == 0] = "."  # nothing learned there
     letters = np.where(is_end, lake, arrows.reshape(lake.shape))
-    for row in letters:
-        print(" ", *(letter.translate(str.maketrans("←↓→↑", "<v>^")) for letter in row))  # fit for any terminal
 
     from matplotlib.figure import Figure
 
@@ -231,6 +229,8 @@ def show_policy(args: Args, q_values: np.ndarray, folder: Path):
         axes.text(x, y, letter, ha="center", va="center", fontsize=20)
     axes.set(xticks=[], yticks=[], facecolor="lightsteelblue")
     figure.savefig(folder / "policy.png", dpi=120)
+    for row in letters:
+        print(" ", *(letter.translate(str.maketrans("←↓→↑", "<v>^")) for letter in row))  # fit for any terminal
 
 
 # --- plumbing: the same text in every script ---

@@ -139,6 +139,18 @@ def test_an_environment_that_does_not_render_is_packaged_without_video(capsys):
     assert "<video" not in (folder / "README.md").read_text()
 
 
+def test_the_policy_of_frozen_lake_is_in_the_card(trained):
+    from huggingface_hub import ModelCard
+
+    folder = package(trained("q_learning"))
+    assert (folder / "policy.png").read_bytes() == (trained("q_learning") / "policy.png").read_bytes()
+    text = (folder / "README.md").read_text()
+    assert "![The greedy policy](policy.png)" in text
+    assert {"FrozenLake-v1-4x4", "q-learning"} <= set(ModelCard(text).data.tags)
+    shutil.move(folder, "moved")
+    assert (package("moved") / "policy.png").exists()
+
+
 def test_a_package_never_replaces_a_run(trained, capsys):
     with pytest.raises(SystemExit):
         package(trained("ppo"), "--output", str(trained("ppo").parent))
