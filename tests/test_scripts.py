@@ -31,6 +31,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 SCRIPTS = {
     "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
+    "a2c_continuous": (
+        *(610, 432, "--env-id LunarLanderContinuous-v3 --total-timesteps 256 --num-envs 2 --log-interval 1"),
+        "12800",
+    ),
     "ppo": (
         *(611, 432, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
@@ -317,7 +321,7 @@ def test_metrics_and_episodes_are_logged(name):
     assert steps[0] == 0
     assert 900 <= steps[1] < steps[2] == load(folder)["step"]
     rows = list(csv.DictReader((folder / "episodes.csv").open()))
-    assert len(rows) > 10
+    assert len(rows) > 5
     assert sum(int(row["length"]) for row in rows) <= load(folder)["step"]
     logged = [event.value for event in events.Scalars("episode/length")]
     assert all(event.value > 100 for event in events.Scalars("time/sps"))  # steps, not seconds

@@ -32,8 +32,10 @@ class Constant(gym.Env):
     observation_space = Box(-1, 1, (1,), np.float32)
     action_space = Discrete(2)
 
-    def __init__(self, reward=1.0, bad_reward_at=None, bad_observation_at=None):
+    def __init__(self, reward=1.0, bad_reward_at=None, bad_observation_at=None, box=False):
         self.reward, self.steps = reward, 0
+        if box:
+            self.action_space = Box(-1, 1, (1,), np.float32)
         self.bad_reward_at, self.bad_observation_at = bad_reward_at, bad_observation_at
 
     def reset(self, *, seed=None, options=None):
@@ -79,6 +81,20 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), float(self.np_random.random()), terminated, False, {}
 
 
+class Target(gym.Env):
+    """Reward minus the squared distance of the action from 0.5, 1 step an episode."""
+
+    observation_space = Box(-1, 1, (1,), np.float32)
+    action_space = Box(-2, 2, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        return np.ones(1, np.float32), -float((action[0] - 0.5) ** 2), True, False, {}
+
+
 class Endless(gym.Env):
     """One state, one action, reward `reward`, no end but the time limit."""
 
@@ -99,5 +115,6 @@ class Endless(gym.Env):
 
 gym.register("Identity-v0", Identity, max_episode_steps=16)
 gym.register("Constant-v0", Constant, max_episode_steps=8)
+gym.register("Target-v0", Target)
 gym.register("Endless-v0", Endless, max_episode_steps=8)
 gym.register("Spaces-v0", Spaces, max_episode_steps=20)
