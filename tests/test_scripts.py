@@ -32,7 +32,7 @@ SCRIPTS = {
     "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(610, 432, "--env-id LunarLanderContinuous-v3 --total-timesteps 256 --num-envs 2 --log-interval 1"),
+        *(586, 412, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 1"),
         "12800",
     ),
     "ppo": (
@@ -634,7 +634,7 @@ def test_contract(name):
     one = module.evaluate(agent, args, 1, seed=7, film=filmed.append)
     assert len(filmed) > 1
     if args.eval_deterministic:
-        assert one[0] == returns[0]
+        assert one[0] == pytest.approx(returns[0])  # a batch of one may be rounded differently
     results = json.loads((folder / "results.json").read_text())
     assert results["is_deterministic"] == args.eval_deterministic
 
