@@ -3,7 +3,7 @@
 An actor and a critic learn side by side: the critic what return to expect of a state, the actor to do more often what
 turned out better than the critic expected. Unlike REINFORCE it need not wait for the end of an episode: after a few
 steps the critic's value of the last state stands for all that is to come (bootstrapping). Each short rollout of
-many environments gives one gradient step. Actions must be Box; observations are a Box (Dict and Tuple are flattened).
+many environments gives one gradient step. Actions must be Box; observations that are no vector are flattened into one.
 
     python a2c_continuous.py                                              # BipedalWalker-v3
     python a2c_continuous.py --env-id LunarLanderContinuous-v3
@@ -19,11 +19,14 @@ Papers
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
     [Same] Huang et al. 2022, A2C is a special case of PPO, arXiv:2205.09123
 
-Deviations: environments in step instead of asynchronous workers; Adam instead of RMSprop; GAE, of which lambda 1 is the
-n-step return of [A3C]; advantages are normalised, so that this is ppo.py with one epoch, one minibatch and no
-clipping [Same]; rewards are divided by the running deviation of the discounted return [37, continuous actions 8, 9];
-a truncated episode bootstraps from its true last observation; at every checkpoint the environments start afresh, so
-that a resumed run repeats the uninterrupted one.
+Deviations: environments in step instead of asynchronous workers; GAE, of which lambda 1 is the n-step return of [A3C];
+two networks, with one deviation for all states [37, continuous actions 2, 4]; rewards are divided by the deviation of
+the discounted return over all rollouts so far and cut to +-10, observations normalised and cut to +-10 too [37,
+continuous actions 6 to 9]; a truncated episode bootstraps from its true last observation; at every checkpoint
+the environments start afresh, so that a resumed run repeats the uninterrupted one.
+
+With Adam and normalised advantages the update is that of ppo.py with one epoch and one minibatch: the ratio is 1 then,
+and the clip does nothing [Same].
 """
 
 import gc
@@ -48,7 +51,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import nn
 from torch.distributions import Independent, Normal
@@ -119,7 +122,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
         if not isinstance(env.action_space, Box):
-            refuse(f"--env-id {args.env_id}: actions {env.action_space} are not continuous (Box), see ppo.py")
+            other = ", see ppo.py" if isinstance(env.action_space, Discrete) else ""
+            refuse(f"--env-id {args.env_id}: actions {env.action_space} are not continuous (Box){other}")
         if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
             env = gym.wrappers.FlattenObservation(env)
         if env.observation_space.dtype != np.float32:
@@ -181,7 +185,7 @@ class Agent(nn.Module):
         self.action_space = envs.single_action_space
         num_inputs, num_actions = envs.single_observation_space.shape[0], int(np.prod(self.action_space.shape))
         self.normalize = Normalizer(num_inputs) if args.normalize_observations else nn.Identity()
-        self.returns = Normalizer(1)  # of --normalize-rewards, which uses the variance of the return only
+        self.return_stats = Normalizer(1)  # for --normalize-rewards; here, so that a checkpoint holds it
         self.actor = make_mlp(num_inputs, num_actions, 0.01)
         self.critic = make_mlp(num_inputs, 1, 1.0)
         self.log_std = nn.Parameter(torch.full((num_actions,), math.log(args.action_std)))  # the same in every state
@@ -194,10 +198,6 @@ class Agent(nn.Module):
     def value(self, obs):
         """The value (...) of `obs` (..., D) float32."""
         return self.critic(self.normalize(obs)).squeeze(-1)
-
-    def forward(self, obs):
-        """The policy's distribution over actions and the value (N,) of `obs` (N, D) float32."""
-        return self.policy(obs), self.value(obs)
 
     def observe(self, obs):
         """Let the running statistics of --normalize-observations see `obs` (..., D)."""
@@ -235,7 +235,7 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambd
 
 def a2c_loss(agent, obs, action, advantage, value_target, vf_coef, ent_coef):
     """The loss of one rollout, every tensor (B, ...), and a dict of scalar tensors worth logging."""
-    policy, value = agent(obs)
+    policy, value = agent.policy(obs), agent.value(obs)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # [37, detail 7]
     policy_loss = -(advantage * policy.log_prob(action)).mean()  # [A3C, §4]
     value_loss = (value - value_target).square().mean()  # [A3C, §4]
@@ -260,16 +260,15 @@ def train(args: Args) -> Path:
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
-    batch_size = args.num_envs * args.num_steps
+    batch_size, history = args.num_envs * args.num_steps, []
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
         while run.step < run.last_step:
             if run.step >= run.next_cut:  # evaluate, save, start fresh environments
                 envs, obs = run.cut(envs)
-                discounted_return, history = np.zeros(args.num_envs), []
+                discounted_return = np.zeros(args.num_envs)
             if not history:
-                log_start, start_time = run.step, time.perf_counter()
-            start = run.step
+                start, start_time = run.step, time.perf_counter()
 
             # 1. collect: T steps in N environments; `rollout` holds tensors (N, ...), `outcomes` arrays (N,)
             rollout, outcomes, final_obs = [], [], []
@@ -278,9 +277,10 @@ def train(args: Args) -> Path:
                 with torch.no_grad():
                     action = agent.policy(obs).sample()
                 rollout.append((obs, action))
+                run.check_finite(action=action.cpu())
                 obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
-                discounted_return = reward + args.gamma * discounted_return
+                discounted_return = reward + args.gamma * discounted_return  # of the past, to see the scale of rewards
                 outcomes.append((reward.astype(np.float32), terminated, done, discounted_return.astype(np.float32)))
                 discounted_return = discounted_return * ~done
                 final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated & ~terminated)]
@@ -289,12 +289,12 @@ def train(args: Args) -> Path:
 
             # 2. advantages: a truncated episode could have gone on, so its last observation has a value too
             all_obs, actions = (torch.stack(x) for x in zip(*rollout))
-            rewards, terminated, done, returns = (torch.as_tensor(np.stack(x), device=device) for x in zip(*outcomes))
+            rewards, terminated, done, past = (torch.as_tensor(np.stack(x), device=device) for x in zip(*outcomes))
             if args.normalize_rewards:
-                rewards = (rewards / (agent.returns.var + 1e-8).sqrt()).clamp(-10, 10)
+                rewards = (rewards / (agent.return_stats.var + 1e-8).sqrt()).clamp(-10, 10)
             with torch.no_grad():
                 values = agent.value(torch.cat([all_obs, torch.as_tensor(obs, device=device)[None]]))
-                values, next_values = values[:-1], values[1:].clone()
+                values, next_values = values[:-1], values[1:].clone()  # a copy, since some are replaced
                 if final_obs:  # in the order of the mask, by t and then n
                     next_values[done & ~terminated] = agent.value(torch.as_tensor(np.stack(final_obs), device=device))
             advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
@@ -302,15 +302,15 @@ def train(args: Args) -> Path:
             batch = [x.flatten(end_dim=1) for x in (all_obs, actions, advantages, value_targets)]
 
             # 3. update: one gradient step
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - start / run.last_step)
+            if args.anneal_lr:  # from the full rate to one rollout's share above zero [37, detail 4]
+                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (run.step - batch_size) / run.last_step)
             loss, metrics = a2c_loss(agent, *batch, args.vf_coef, args.ent_coef)
             optimizer.zero_grad()
             loss.backward()
             metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             agent.observe(all_obs)  # last, so that the policy that is updated is the one that acted
-            agent.returns.update(returns[..., None])
+            agent.return_stats.update(past[..., None])
 
             # 4. log
             metrics["train/explained_variance"] = 1 - advantages.var() / (value_targets.var() + 1e-8)
@@ -318,7 +318,7 @@ def train(args: Args) -> Path:
             if len(history) == args.log_interval or run.step >= min(run.next_cut, run.last_step):
                 metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}
                 metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-                metrics["time/sps"] = (run.step - log_start) / (time.perf_counter() - start_time)
+                metrics["time/sps"] = (run.step - start) / (time.perf_counter() - start_time)
                 run.log(metrics)
                 history = []
         run.finish(envs)

@@ -45,6 +45,14 @@ TASKS = {
         "PPO",
         {"n_steps": 128, "batch_size": 128, "n_epochs": 4},
     ),
+    "a2c_continuous Pendulum-v1, 8 envs": (
+        "a2c_continuous",
+        100_000,
+        "--env-id Pendulum-v1 --num-envs 8 --num-steps 5 --learning-rate 7e-4 --no-anneal-lr --gae-lambda 1 "
+        "--no-normalize-observations --no-normalize-rewards --action-std 1 --log-interval 100",
+        "A2C",
+        {},  # its defaults; they log every 100 updates too
+    ),
     "q_learning FrozenLake-v1": ("q_learning", 1_000_000, "", None, None),  # which is not in Stable-Baselines3
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }

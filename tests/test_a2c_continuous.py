@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_scripts import assert_refused, load, mean_reward, run, scalars
+from test_scripts import assert_refused, load, mean_reward, scalars, tensors
 
 import a2c_continuous as a2c
 import ppo
@@ -65,7 +65,7 @@ def test_loss_is_the_policy_gradient_and_the_squared_error():
     obs, action, target = torch.randn(6, 3), torch.randn(6, 1), torch.arange(6.0)
     advantage = torch.tensor([1.0, -2.0, 3.0, -1.0, 0.5, -0.5])
     loss, metrics = a2c.a2c_loss(agent, obs, action, advantage, target, 0.7, 0.03)
-    policy, value = agent(obs)
+    policy, value = agent.policy(obs), agent.value(obs)
     mean, std = policy.base_dist.mean.detach().numpy(), 0.6
     logprob = (-(((action.numpy() - mean) / std) ** 2) / 2 - np.log(std) - np.log(2 * np.pi) / 2)[:, 0]
     normalized = (advantage.numpy() - advantage.numpy().mean()) / (advantage.numpy().std(ddof=1) + 1e-8)
@@ -86,7 +86,7 @@ def test_a2c_is_ppo_with_one_epoch_and_one_minibatch(seen):
     args = ppo.parse_args(["--env-id", "Pendulum-v1", "--normalize-observations"])
     other = ppo.Agent(envs, args)
     agent.observe(obs)
-    shared = {name: tensor for name, tensor in agent.state_dict().items() if not name.startswith("returns.")}
+    shared = {name: tensor for name, tensor in agent.state_dict().items() if not name.startswith("return_stats.")}
     other.load_state_dict(shared)
     start = torch.cat([parameter.detach().flatten() for parameter in agent.parameters()])
     old_logprob = other(obs)[0].log_prob(action).detach()
@@ -108,7 +108,7 @@ def test_a2c_is_ppo_with_one_epoch_and_one_minibatch(seen):
 
 def test_only_the_environment_sees_the_clipped_action():
     agent, envs = make_agent("--env-id", "toy_envs:Spaces-v0", "--env-kwargs", '{"action": "matrix"}')
-    policy, _ = agent(torch.zeros(2, 9))
+    policy = agent.policy(torch.zeros(2, 9))
     action = torch.full((2, 6), 5.0)
     normal = torch.distributions.Normal(policy.base_dist.mean, policy.base_dist.stddev)
     torch.testing.assert_close(policy.log_prob(action), normal.log_prob(action).sum(-1))
@@ -175,28 +175,102 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(seen, mon
             returns.append(running)
             running = running * (1 - infos.get("_episode", np.zeros(2)))
     saved = load(folder)["agent"]
-    assert saved["returns.var"].item() == pytest.approx(np.var(returns), rel=1e-3)
-    assert saved["returns.count"] == 900
-    unscaled = train(*PENDULUM, "--no-normalize-rewards")
-    assert unscaled.exists()
+    assert saved["return_stats.var"].item() == pytest.approx(np.var(returns), rel=1e-3)
+    assert saved["return_stats.count"] == 900
+    train(*PENDULUM, "--no-normalize-rewards")
     np.testing.assert_allclose(seen[-1][0][0].numpy(), np.stack([r for r, _ in raw[-16:]]), rtol=1e-5)
 
 
-def test_the_policy_that_is_updated_is_the_one_that_acted(seen):
-    """The advantages of a rollout were estimated with the statistics that its actions were taken with."""
+def test_the_policy_that_is_updated_is_the_one_that_acted(monkeypatch):
+    """The statistics move between updates only: those of acting, of the advantages and of the loss are the same."""
+    counts, values, differences = [], [], []
+    policy, gae, loss = a2c.Agent.policy, a2c.compute_gae, a2c.a2c_loss
+
+    def spy_loss(agent, obs, *rest):
+        differences.append((agent.value(obs) - values[-1].flatten()).abs().max().item())
+        return loss(agent, obs, *rest)
+
+    monkeypatch.setattr(a2c, "compute_gae", lambda *args: values.append(args[1]) or gae(*args))
+    monkeypatch.setattr(a2c, "a2c_loss", spy_loss)
+    monkeypatch.setattr(
+        a2c.Agent, "policy", lambda self, obs: counts.append(int(self.normalize.count)) or policy(self, obs)
+    )
+    monkeypatch.setattr(a2c, "evaluate", lambda *args, **kwargs: np.zeros(1))
     train(*PENDULUM)
-    for (gae_args, loss_args), k in zip(seen, range(8)):
-        values = gae_args[1].flatten()
-        assert len(loss_args[1]) == len(values) == 32
-        torch.testing.assert_close(loss_args[4] - loss_args[3], values, atol=1e-4, rtol=1e-4)
-        assert k < 8
-    assert len(seen) == 8
+    assert counts == [32 * i for i in range(8) for _ in range(16 + 1)]  # 16 actions and a loss
+    assert len(differences) == 8
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_successor_of_a_truncated_step_is_its_own_last_observation(seen, both):
+    """Environments whose observation says which step it is, truncated at different steps (`both`: and terminated)."""
+    kwargs = json.dumps({"both": both})
+    flags = ["--env-id", "toy_envs:Clock-v0", "--env-kwargs", kwargs, *TINY, "--no-normalize-observations"]
+    train(*flags, "--num-envs", "3", "--num-steps", "12", "--total-timesteps", "36", "--num-checkpoints", "1")
+    (_, values, next_values, terminated, done, _, _), (agent, obs, *_) = seen[0]
+    monitored = obs.reshape(12, 3, 1)
+    assert done.sum() >= 4
+    assert terminated.equal(done if both else torch.zeros_like(done))
+    agent, _ = make_agent(*flags)
+    same = {tuple(o): v for o, v in zip(monitored.reshape(-1, 1).tolist(), values.flatten().tolist())}
+    for t, n in np.argwhere(done.numpy()):
+        last = (monitored[t, n, 0].item() + 1,)
+        if not both and last in same:
+            assert next_values[t, n].item() == pytest.approx(same[last], abs=1e-5)
+    assert (torch.diff(monitored[:, :, 0], dim=0)[~done[:-1]] == 1).all()
+
+
+def test_every_flag_arrives(seen, monkeypatch):
+    flags = "--gamma 0.8 --gae-lambda 0.7 --vf-coef 0.3 --ent-coef 0.2 --action-std 0.9 --no-normalize-observations"
+    starts = []
+    monkeypatch.setattr(
+        a2c, "evaluate", lambda agent, *_, **__: starts.append(agent.log_std.exp().item()) or np.zeros(1)
+    )
+    folder = train(*PENDULUM, *flags.split())
+    (*_, gamma, gae_lambda), (*_, vf_coef, ent_coef) = seen[0]
+    assert (gamma, gae_lambda, vf_coef, ent_coef) == (0.8, 0.7, 0.3, 0.2)
+    assert starts[0] == pytest.approx(0.9)
+    assert not any(name.startswith("normalize") for name in load(folder)["agent"])
+
+
+def test_async_equals_sync():
+    first, second = train(*PENDULUM), train(*PENDULUM, "--vectorization-mode", "async")
+    assert all(torch.equal(a, b) for a, b in zip(tensors(load(first)["agent"]), tensors(load(second)["agent"])))
+
+
+def test_sampled_and_most_likely_actions():
+    agent, _ = make_agent("--env-id", "Pendulum-v1")
+    obs = torch.zeros(200, 3)
+    assert len(set(agent.act(obs, deterministic=False)[:, 0])) > 100
+    assert len(set(agent.act(obs, deterministic=True)[:, 0])) == 1
+
+
+def test_two_updates_by_hand(seen):
+    """Adam with eps 1e-5 on fresh gradients, clipped, gives the weights of the checkpoint."""
+    flags = ["--total-timesteps", "64", "--num-checkpoints", "1", "--no-anneal-lr", "--no-normalize-observations"]
+    flags += ["--max-grad-norm", "0.3", "--learning-rate", "2e-3"]
+    folder = train(*PENDULUM, *flags)
+    args = a2c.parse_args([*PENDULUM, *flags])
+    a2c.seed_everything(args.seed)
+    agent = a2c.Agent(a2c.make_envs(args, 1), args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3, eps=1e-5)
+    batches = [batch for _, (_, *batch) in seen]
+    assert len(batches) == 2
+    for batch in batches:
+        optimizer.zero_grad()
+        a2c.a2c_loss(agent, *batch)[0].backward()
+        torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.3)
+        optimizer.step()
+    saved = load(folder)["agent"]
+    for name, parameter in agent.named_parameters():
+        torch.testing.assert_close(saved[name], parameter.detach(), atol=1e-6, rtol=1e-5)
 
 
 def test_statistics_stand_still_in_evaluation():
     folder = train(*PENDULUM)
     saved = load(folder)["agent"]
-    assert saved["normalize.count"] == saved["returns.count"] == 256
+    assert saved["normalize.count"] == saved["return_stats.count"] == 256
 
 
 def test_learning_rate_falls_and_gradients_are_clipped():
@@ -219,18 +293,14 @@ def test_log_entries_are_means_of_an_interval():
     assert [event.step for event in pairs] == [64, 128, 192, 256]
     expected = [(a.value + b.value) / 2 for a, b in zip(every[::2], every[1::2])]
     assert [event.value for event in pairs] == pytest.approx(expected, rel=1e-5)
+    folder = train(*PENDULUM, "--log-interval", "3", "--num-checkpoints", "2")  # nothing is pending at a checkpoint
+    assert [event.step for event in scalars(folder, "time/sps")] == [96, 128, 224, 256]
 
 
 def test_it_learns_to_hold_a_target():
     """Reward -(action - 0.5)²: the best action is 0.5 and reaches 0; a random one of deviation 0.6 about -0.6."""
     flags = "--env-id toy_envs:Target-v0 --total-timesteps 20e3 --num-envs 8 --num-steps 8 --gamma 0.5".split()
     assert mean_reward(train(*flags, "--eval-episodes", "20", "--learning-rate", "3e-3")) > -0.1
-
-
-def test_video_and_score_of_a_packaged_agent():
-    """Through push_to_hub.py, with normalised observations: see also test_push_to_hub.py, which runs every script."""
-    folder = run("a2c_continuous")
-    assert load(folder)["config"]["normalize_observations"]
 
 
 # --- bad input ---
@@ -257,3 +327,6 @@ def test_nan_stops_the_run():
         with pytest.raises(SystemExit, match=f"{name} is NaN or infinite at step 40"):
             train(*flags, json.dumps({f"bad_{name}_at": 20, "box": True}))
     assert all(load(folder)["step"] % 32 == 0 for folder in Path().glob("runs/*"))
+    flags = ["--env-id", "BipedalWalker-v3", *TINY, "--learning-rate", "1e38", "--log-interval", "25"]
+    with pytest.raises(SystemExit, match="action is NaN or infinite at step 32"):
+        train(*flags)

@@ -81,6 +81,26 @@ class Spaces(gym.Env):
         return self.observation_space.sample(), float(self.np_random.random()), terminated, False, {}
 
 
+class Clock(gym.Env):
+    """The observation counts the steps of the episode, which is truncated after 3 to 6 of them."""
+
+    observation_space = Box(0, 100, (1,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, both=False):
+        self.both = both
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time, self.limit = 0, self.np_random.integers(3, 7)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        over = bool(self.time >= self.limit)
+        return np.full(1, self.time, np.float32), 1.0, over and self.both, over, {}
+
+
 class Target(gym.Env):
     """Reward minus the squared distance of the action from 0.5, 1 step an episode."""
 
@@ -116,5 +136,6 @@ class Endless(gym.Env):
 gym.register("Identity-v0", Identity, max_episode_steps=16)
 gym.register("Constant-v0", Constant, max_episode_steps=8)
 gym.register("Target-v0", Target)
+gym.register("Clock-v0", Clock)
 gym.register("Endless-v0", Endless, max_episode_steps=8)
 gym.register("Spaces-v0", Spaces, max_episode_steps=20)
