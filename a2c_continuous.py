@@ -87,9 +87,11 @@ class Args:
     normalize_observations: bool = True  # by their running mean and variance, saved with the agent
     normalize_rewards: bool = True  # in training, by the running deviation of the discounted return
     action_std: float = 0.6  # standard deviation of the actions at the start
-    learning_rate: float = 1e-3  # of Adam
+    optimizer: Literal["adam", "rmsprop"] = "adam"  # rmsprop, as in the paper, is the better one for some tasks
+    learning_rate: float = 1e-3  # of the optimizer
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.99  # discount factor
+    normalize_advantages: bool = True  # to mean 0 and deviation 1 in each update
     gae_lambda: float = 0.95  # λ of generalized advantage estimation; 1 is the n-step return
     ent_coef: float = 0.0  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
@@ -99,7 +101,7 @@ class Args:
     def check(self):
         """Refuse values that do not fit together, before anything is built."""
         batch_size = self.num_envs * self.num_steps
-        if batch_size == 1:
+        if batch_size == 1 and self.normalize_advantages:
             refuse("--num-envs 1 --num-steps 1: a single advantage cannot be normalised")
         if self.total_timesteps < batch_size:
             refuse(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
@@ -236,7 +238,6 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambd
 def a2c_loss(agent, obs, action, advantage, value_target, vf_coef, ent_coef):
     """The loss of one rollout, every tensor (B, ...), and a dict of scalar tensors worth logging."""
     policy, value = agent.policy(obs), agent.value(obs)
-    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # [37, detail 7]
     policy_loss = -(advantage * policy.log_prob(action)).mean()  # [A3C, §4]
     value_loss = (value - value_target).square().mean()  # [A3C, §4]
     entropy = policy.entropy().mean()
@@ -259,7 +260,10 @@ def train(args: Args) -> Path:
     seed_everything(args.seed)
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
+    if args.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
+    else:
+        optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5)  # [A3C, §4]
     batch_size, history = args.num_envs * args.num_steps, []
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
@@ -299,6 +303,8 @@ def train(args: Args) -> Path:
                     next_values[done & ~terminated] = agent.value(torch.as_tensor(np.stack(final_obs), device=device))
             advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
             value_targets = advantages + values  # [37, detail 5]
+            if args.normalize_advantages:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [37, detail 7]
             batch = [x.flatten(end_dim=1) for x in (all_obs, actions, advantages, value_targets)]
 
             # 3. update: one gradient step
@@ -313,7 +319,7 @@ def train(args: Args) -> Path:
             agent.return_stats.update(past[..., None])
 
             # 4. log
-            metrics["train/explained_variance"] = 1 - advantages.var() / (value_targets.var() + 1e-8)
+            metrics["train/explained_variance"] = 1 - (value_targets - values).var() / (value_targets.var() + 1e-8)
             history.append(metrics)
             if len(history) == args.log_interval or run.step >= min(run.next_cut, run.last_step):
                 metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}

@@ -68,13 +68,12 @@ def test_loss_is_the_policy_gradient_and_the_squared_error():
     policy, value = agent.policy(obs), agent.value(obs)
     mean, std = policy.base_dist.mean.detach().numpy(), 0.6
     logprob = (-(((action.numpy() - mean) / std) ** 2) / 2 - np.log(std) - np.log(2 * np.pi) / 2)[:, 0]
-    normalized = (advantage.numpy() - advantage.numpy().mean()) / (advantage.numpy().std(ddof=1) + 1e-8)
     squared_error = np.mean((value.detach().numpy() - np.arange(6)) ** 2)
     entropy = np.log(2 * np.pi * np.e * std**2) / 2
-    assert metrics["loss/policy"].item() == pytest.approx(-np.mean(normalized * logprob), rel=1e-4)
+    assert metrics["loss/policy"].item() == pytest.approx(-np.mean(advantage.numpy() * logprob), rel=1e-4)
     assert metrics["loss/value"].item() == pytest.approx(squared_error, rel=1e-5)
     assert metrics["loss/entropy"].item() == pytest.approx(entropy, rel=1e-5)
-    expected = -np.mean(normalized * logprob) + 0.7 * squared_error - 0.03 * entropy
+    expected = -np.mean(advantage.numpy() * logprob) + 0.7 * squared_error - 0.03 * entropy
     assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -221,6 +220,20 @@ def test_the_successor_of_a_truncated_step_is_its_own_last_observation(seen, bot
     assert (torch.diff(monitored[:, :, 0], dim=0)[~done[:-1]] == 1).all()
 
 
+def test_advantages_are_normalized_in_each_update(seen, monkeypatch):
+    made, gae = [], a2c.compute_gae
+    monkeypatch.setattr(a2c, "compute_gae", lambda *args: made.append(gae(*args)) or made[-1])
+    train(*PENDULUM)
+    for advantages, (_, (_, _, _, advantage, target, _, _)) in zip(made, seen):
+        expected = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        torch.testing.assert_close(advantage, expected.flatten())
+        assert not torch.equal(target, advantage)
+    made.clear()
+    seen.clear()
+    train(*PENDULUM, "--no-normalize-advantages")
+    assert all(torch.equal(a.flatten(), calls[1][3]) for a, calls in zip(made, seen))
+
+
 def test_every_flag_arrives(seen, monkeypatch):
     flags = "--gamma 0.8 --gae-lambda 0.7 --vf-coef 0.3 --ent-coef 0.2 --action-std 0.9 --no-normalize-observations"
     starts = []
@@ -246,15 +259,16 @@ def test_sampled_and_most_likely_actions():
     assert len(set(agent.act(obs, deterministic=True)[:, 0])) == 1
 
 
-def test_two_updates_by_hand(seen):
-    """Adam with eps 1e-5 on fresh gradients, clipped, gives the weights of the checkpoint."""
+@pytest.mark.parametrize("name", ["adam", "rmsprop"])
+def test_two_updates_by_hand(seen, name):
+    """The optimizer with eps 1e-5 on fresh gradients, clipped, gives the weights of the checkpoint."""
     flags = ["--total-timesteps", "64", "--num-checkpoints", "1", "--no-anneal-lr", "--no-normalize-observations"]
-    flags += ["--max-grad-norm", "0.3", "--learning-rate", "2e-3"]
+    flags += ["--max-grad-norm", "0.3", "--learning-rate", "2e-3", "--optimizer", name]
     folder = train(*PENDULUM, *flags)
     args = a2c.parse_args([*PENDULUM, *flags])
     a2c.seed_everything(args.seed)
     agent = a2c.Agent(a2c.make_envs(args, 1), args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=2e-3, eps=1e-5)
+    optimizer = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[name](agent.parameters(), lr=2e-3, eps=1e-5)
     batches = [batch for _, (_, *batch) in seen]
     assert len(batches) == 2
     for batch in batches:
