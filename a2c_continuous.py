@@ -281,7 +281,8 @@ def train(args: Args) -> Path:
                 with torch.no_grad():
                     action = agent.policy(obs).sample()
                 rollout.append((obs, action))
-                run.check_finite(action=action.cpu())
+                if not outcomes:  # NaN weights show in the first action, before any environment sees it
+                    run.check_finite(action=action.cpu())
                 obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
                 done = terminated | truncated
                 discounted_return = reward + args.gamma * discounted_return  # of the past, to see the scale of rewards
@@ -316,13 +317,15 @@ def train(args: Args) -> Path:
             metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             agent.observe(all_obs)  # last, so that the policy that is updated is the one that acted
-            agent.return_stats.update(past[..., None])
+            if args.normalize_rewards:
+                agent.return_stats.update(past[..., None])
 
             # 4. log
-            metrics["train/explained_variance"] = 1 - (value_targets - values).var() / (value_targets.var() + 1e-8)
             history.append(metrics)
             if len(history) == args.log_interval or run.step >= min(run.next_cut, run.last_step):
                 metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}
+                unexplained = (value_targets - values).var() / (value_targets.var() + 1e-8)
+                metrics["train/explained_variance"] = 1 - unexplained.item()  # of the last rollout
                 metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
                 metrics["time/sps"] = (run.step - start) / (time.perf_counter() - start_time)
                 run.log(metrics)

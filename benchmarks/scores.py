@@ -31,6 +31,11 @@ TABLE = [
     ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
      """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
      "--normalize-observations --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97", 3),
+    ("a2c_continuous", "", 1),
+    ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3e6 --num-steps 8 --optimizer rmsprop "
+     "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 1),
+    ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 --gamma 0.95 "
+     "--gae-lambda 0.9", 1),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),

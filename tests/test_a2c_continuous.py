@@ -245,6 +245,8 @@ def test_every_flag_arrives(seen, monkeypatch):
     assert (gamma, gae_lambda, vf_coef, ent_coef) == (0.8, 0.7, 0.3, 0.2)
     assert starts[0] == pytest.approx(0.9)
     assert not any(name.startswith("normalize") for name in load(folder)["agent"])
+    train(*PENDULUM, "--no-normalize-rewards")
+    assert load(sorted(Path().glob("runs/*"))[-1])["agent"]["return_stats.count"] == 0
 
 
 def test_async_equals_sync():
