@@ -36,6 +36,9 @@ TABLE = [
      "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 1),
     ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 --gamma 0.95 "
      "--gae-lambda 0.9", 1),
+    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1e6 --num-steps 2 --gamma 0.9 --gae-lambda 0.9 "
+     "--action-std 1", 2),
+    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1e6 --num-steps 8", 1),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
