@@ -156,12 +156,23 @@ def test_truncated_episodes_keep_their_true_last_observation(seen):
     assert not torch.isclose(next_values[-1], values[-1]).any()
 
 
-def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(seen, monkeypatch):
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "LunarLanderContinuous-v3"])  # truncated, terminated
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(seen, monkeypatch, env_id):
     """The statistics of all earlier rollouts, where the return starts again with every episode."""
     raw, record = [], a2c.Run.record
     monkeypatch.setattr(a2c.Run, "record", lambda self, o, r, i: raw.append((r, i)) or record(self, o, r, i))
     folder = train(
-        *PENDULUM, "--num-steps", "150", "--total-timesteps", "900", "--num-checkpoints", "1", "--gamma", "0.9"
+        *PENDULUM,
+        "--env-id",
+        env_id,
+        "--num-steps",
+        "150",
+        "--total-timesteps",
+        "900",
+        "--num-checkpoints",
+        "1",
+        "--gamma",
+        "0.9",
     )
     returns, running = [], np.zeros(2)
     for i in range(3):
@@ -176,7 +187,7 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return(seen, mon
     saved = load(folder)["agent"]
     assert saved["return_stats.var"].item() == pytest.approx(np.var(returns), rel=1e-3)
     assert saved["return_stats.count"] == 900
-    train(*PENDULUM, "--no-normalize-rewards")
+    train(*PENDULUM, "--env-id", env_id, "--no-normalize-rewards")
     np.testing.assert_allclose(seen[-1][0][0].numpy(), np.stack([r for r, _ in raw[-16:]]), rtol=1e-5)
 
 
