@@ -57,7 +57,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import nn
-from torch.distributions import Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -182,6 +181,26 @@ def make_mlp(num_inputs: int, num_outputs: int, gain: float) -> nn.Sequential:
     return nn.Sequential(*hidden, make_layer(64, num_outputs, gain))
 
 
+class Gaussian:
+    """Independent normal distributions of D numbers; torch's own takes 1.6 times as long to act."""
+
+    def __init__(self, mean, log_std):
+        self.mode, self.log_std = mean, log_std
+
+    def sample(self):
+        """A random action, (B, D)."""
+        return self.mode + self.log_std.exp() * torch.randn_like(self.mode)
+
+    def log_prob(self, action):
+        """Logarithm (B,) of the density at `action` (B, D)."""
+        z = (action - self.mode) / self.log_std.exp()
+        return -(z.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
+
+    def entropy(self):
+        """Entropy () in nats, which does not depend on the mean."""
+        return (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum(-1)
+
+
 class Agent(nn.Module):
     """A policy and a value function, two networks that share nothing but the normalised observation."""
 
@@ -197,8 +216,7 @@ class Agent(nn.Module):
 
     def policy(self, obs):
         """The distribution over actions in `obs` (..., D) float32."""
-        mean = self.actor(self.normalize(obs))
-        return Independent(Normal(mean, self.log_std.exp(), validate_args=False), 1, validate_args=False)
+        return Gaussian(self.actor(self.normalize(obs)), self.log_std)
 
     def value(self, obs):
         """The value (...) of `obs` (..., D) float32."""
@@ -231,10 +249,10 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambd
     `next_values[t]` is the value of the true successor, also where the episode was truncated: `terminated`
     stops the bootstrap, `done` (terminated or truncated) stops the sum.
     """
-    advantages, gae = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
-    deltas = rewards + gamma * next_values * ~terminated - values  # [GAE, §3]
-    for t in reversed(range(len(rewards))):
-        advantages[t] = gae = deltas[t] + gamma * gae_lambda * gae * ~done[t]  # [GAE, Eq. 16]
+    advantages = rewards + gamma * next_values * ~terminated - values  # [GAE, §3]
+    decay = gamma * gae_lambda * ~done
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]  # [GAE, Eq. 16]
     return advantages
 
 
@@ -266,7 +284,8 @@ def train(args: Args) -> Path:
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
     else:
-        optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5)  # [A3C, §4]
+        rmsprop = torch.optim.RMSprop  # [A3C, §4]
+        optimizer = rmsprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
     batch_size, history = args.num_envs * args.num_steps, []
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:

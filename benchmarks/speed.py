@@ -49,7 +49,8 @@ TASKS = {
         "a2c_continuous",
         100_000,
         "--env-id Pendulum-v1 --num-envs 8 --num-steps 5 --learning-rate 7e-4 --no-anneal-lr --gae-lambda 1 "
-        "--no-normalize-observations --no-normalize-rewards --action-std 1 --log-interval 100",
+        "--no-normalize-observations --no-normalize-rewards --no-normalize-advantages --optimizer rmsprop "
+        "--action-std 1 --log-interval 100",
         "A2C",
         {},  # its defaults; they log every 100 updates too
     ),
