@@ -284,8 +284,7 @@ def train(args: Args) -> Path:
     if args.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
     else:
-        rmsprop = torch.optim.RMSprop  # [A3C, §4]
-        optimizer = rmsprop(parameters, lr=args.learning_rate, alpha=0.99, eps=1e-5, foreach=True)
+        optimizer = torch.optim.RMSprop(parameters, lr=args.learning_rate, eps=1e-5, foreach=True)  # [A3C, §4]
     batch_size, history = args.num_envs * args.num_steps, []
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:

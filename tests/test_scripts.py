@@ -32,7 +32,7 @@ SCRIPTS = {
     "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(617, 434, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
+        *(616, 433, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
         "12800",
     ),
     "ppo": (
