@@ -268,7 +268,7 @@ def parse_args(argv: list[str]) -> Args:
             new = getattr(args, name)
             if new != old and name not in free and not (name == "total_timesteps" and new > old):
                 refuse(f"--{name.replace('_', '-')} {new}: the run to resume has {old}")
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "start_e", "end_e"}
+    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "start_e", "end_e", "eval_epsilon"}
     for name, value in asdict(args).items():
         if type(value) in (int, float) and not (0 < value < float("inf") or value == 0 and name in may_be_zero):
             refuse(f"--{name.replace('_', '-')} {value}: must be finite and {'>= 0' if name in may_be_zero else '> 0'}")

@@ -4,7 +4,8 @@ The ceiling is the environment stepped with random actions. The contenders take 
 own, because machines drift: compare numbers of one run only. Stable-Baselines3 runs with one thread and with
 two, the better of a round counts.
 
-    python benchmarks/speed.py                     # all tasks, 5 rounds: benchmarks/speed.csv
+    python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/speed.csv
+    python benchmarks/speed.py --only atari --rounds 3
     python benchmarks/speed.py --solve             # time until LunarLander is solved: benchmarks/solve.csv
 """
 
@@ -54,6 +55,30 @@ TASKS = {
         "A2C",
         {},  # its defaults; they log every 100 updates too
     ),
+    "ppo_atari Breakout, 8 envs": (
+        "ppo_atari",
+        10_240,
+        "--no-anneal-lr",
+        "PPO",
+        {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
+        | {"ent_coef": 0.01},
+    ),
+    "dqn_atari Breakout, 1 env there": (
+        "dqn_atari",
+        8_000,
+        "--learning-starts 500 --buffer-size 20000",
+        "DQN",
+        {"n_envs": 1, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 4}
+        | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "optimize_memory_usage": False},
+    ),
+    "dqn_atari Breakout, 16 envs there": (
+        "dqn_atari",
+        8_000,
+        "--learning-starts 500 --buffer-size 20000",
+        "DQN",
+        {"n_envs": 16, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 1}
+        | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "gradient_steps": 4},
+    ),
     "q_learning FrozenLake-v1": ("q_learning", 1_000_000, "", None, None),  # which is not in Stable-Baselines3
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }
@@ -71,12 +96,18 @@ def measure_ours(task: str) -> int:
 def measure_sb3(task: str) -> int:
     """The same task and hyperparameters in Stable-Baselines3; returns the steps."""
     import stable_baselines3
-    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack
 
     script, steps, flags, algorithm, hyperparameters = TASKS[task]
     args = importlib.import_module(script).parse_args(flags.split())
-    envs = make_vec_env(args.env_id, n_envs=args.num_envs)
-    getattr(stable_baselines3, algorithm)("MlpPolicy", envs, device="cpu", **hyperparameters).learn(steps)
+    num_envs = hyperparameters.pop("n_envs", args.num_envs)
+    if script.endswith("_atari"):
+        envs = VecFrameStack(make_atari_env(args.env_id, n_envs=num_envs), n_stack=4)
+    else:
+        envs = make_vec_env(args.env_id, n_envs=num_envs)
+    policy = "CnnPolicy" if script.endswith("_atari") else "MlpPolicy"
+    getattr(stable_baselines3, algorithm)(policy, envs, device="cpu", **hyperparameters).learn(steps)
     return steps
 
 
@@ -140,7 +171,8 @@ def speed(rounds: int, only: str):
     for round_number in range(1, rounds + 1):
         for task in tasks:
             rivals = [("sb3", 1), ("sb3", 2)] if TASKS[task][3] else []
-            for contender, threads in (("ours", 1), *rivals, ("ceiling", 1)):
+            threads_of_ours = os.cpu_count() if "_atari" in task else 1
+            for contender, threads in (("ours", threads_of_ours), *rivals, ("ceiling", 1)):
                 result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
                 rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
                 print(rows[-1], flush=True)
@@ -149,8 +181,9 @@ def speed(rounds: int, only: str):
         rates = {}
         for row in rows:
             if row["task"] == task:
-                rates.setdefault((row["contender"], row["threads"]), []).append(row["steps_per_second"])
-        ours, ceiling = rates["ours", 1], rates["ceiling", 1]
+                key = (row["contender"], row["threads"]) if row["contender"] == "sb3" else row["contender"]
+                rates.setdefault(key, []).append(row["steps_per_second"])
+        ours, ceiling = rates["ours"], rates["ceiling"]
         shares = [a / b for a, b in zip(ours, ceiling)]
         print(f"{task}: {summary(ours)} steps/s, ceiling {summary(ceiling)}")
         print(f"    {median(shares):.0%} [{min(shares):.0%} to {max(shares):.0%}] of the ceiling in the same round")

@@ -28,6 +28,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 # Bounds of physical and code lines (no blanks, comments, docstrings), a quick way to run each script (with 4 iterations
 # or more), and the steps with which it takes a few seconds.
+PIXELS = """--env-id BreakoutNoFrameskip-v4 --env-kwargs '{"max_num_frames_per_episode": 80}' --num-threads 1"""
+DQN = "--total-timesteps 512 --num-envs 2 --buffer-size 200 --learning-starts 32 --batch-size 4 --train-frequency 16 "
+DQN += "--target-network-frequency 64 --log-interval 100 --save-replay"
 SCRIPTS = {
     "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
@@ -39,10 +42,19 @@ SCRIPTS = {
         *(630, 446, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
+    "ppo_atari": (
+        *(599, 999, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        "4096",
+    ),
+    "dqn_atari": (999, 999, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (999, 999, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
-PAIRS = {}  # (script, script): the top-level names in which the two differ, and no others
+PAIRS = {  # (script, script): the top-level names in which the two differ, and no others
+    ("ppo", "ppo_atari"): {"Args", "Agent", "make_envs"},
+    ("dqn_atari", "ddqn_atari"): {"td_target"},
+}
 SHARED_ARGS = "env_id env_kwargs seed total_timesteps device num_threads num_checkpoints eval_episodes"
 SHARED_ARGS += " eval_deterministic max_eval_steps capture_video track wandb_project_name wandb_entity resume"
 SECTIONS = ["config", "environment", "network", "algorithm", "training", "plumbing: the same text in every script"]
