@@ -5,9 +5,9 @@ turned out better than the critic expected. Unlike REINFORCE it need not wait fo
 steps the critic's value of the last state stands for all that is to come (bootstrapping). Each short rollout of
 many environments gives one gradient step. Actions must be Box; observations that are no vector are flattened into one.
 
-    python a2c_continuous.py                                      # BipedalWalker-v3: 279 in 14 min
+    python a2c_continuous.py                                      # BipedalWalker-v3: 283 in 11 min
     python a2c_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 3e6 --num-steps 8 --optimizer rmsprop \
-        --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98          # 256 in 3 min
+        --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98          # 207 in 3 min
     python a2c_continuous.py --env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 \
         --gamma 0.95 --gae-lambda 0.9                             # -0.20 in 6 min
     python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1e6 --num-steps 2 \

@@ -159,11 +159,11 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("obs_type") == "ram":
         refuse(f"--env-id {args.env_id}: not the screen of an Atari game; see ppo.py")
     game = {name: spec.kwargs[name] for name in ("game", "repeat_action_probability")} | json.loads(args.env_kwargs)
-    mode = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
-    game |= {"num_envs": num_envs, "autoreset_mode": mode, "reward_clipping": False}
-    envs = AtariVectorEnv(**game, life_loss_info=args.episodic_life and not evaluation)
+    common = {"num_envs": num_envs, "reward_clipping": False}
+    common["autoreset_mode"] = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
+    envs = AtariVectorEnv(**game, **common, life_loss_info=args.episodic_life and not evaluation)
     colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour) if render else None)
+    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour, **common) if render else None)
 
 
 # --- network ---

@@ -1,6 +1,5 @@
 """dqn_atari.py and ddqn_atari.py: the replay against what the games showed, and the targets against the book."""
 
-import ast
 import json
 import re
 from pathlib import Path
@@ -261,8 +260,8 @@ def test_bfloat16_gives_the_gradient_of_float32():
 def test_the_two_differ_in_docstring_and_target_alone():
     texts = []
     for name in ("dqn_atari", "ddqn_atari"):
-        docstring = ast.get_docstring(ast.parse(source(name)), clean=False)
-        texts.append(source(name).replace(docstring, "").replace(definitions(name)["td_target"], ""))
+        text = source(name).replace(definitions(name)["td_target"], "")
+        texts.append(text[text.index("\nimport copy\n") :])
     assert texts[0] == texts[1]
 
 

@@ -51,7 +51,7 @@ def test_an_episode_is_a_whole_game_and_its_return_the_raw_score(env_id, game, l
 
 
 def test_a_broken_off_game_is_truncated_and_shows_its_last_screen():
-    """30 steps are 120 frames: the same game played longer has the same screen there."""
+    """30 steps are 120 frames: the same game played longer has the same screens there, but for the very last frame."""
     short, long = (ppo_atari.make_envs(parse(max_num_frames_per_episode=frames), 2) for frames in (120, 400))
     short.reset(seed=1)
     long.reset(seed=1)
@@ -60,7 +60,8 @@ def test_a_broken_off_game_is_truncated_and_shows_its_last_screen():
         (obs, _, terminated, truncated, infos), (expected, *_) = short.step(action), long.step(action)
     assert truncated.all()
     assert not terminated.any()
-    np.testing.assert_array_equal(infos["final_obs"], expected)
+    np.testing.assert_array_equal(infos["final_obs"][:, :3], expected[:, :3])
+    assert np.abs(infos["final_obs"][:, 3].astype(int) - expected[:, 3]).mean() < 1
     assert infos["_episode"].all()
     assert (infos["episode"]["l"] == 30).all()
     assert (obs[:, :3] == 0).all()  # the new game's first screen, and none before it
@@ -109,9 +110,9 @@ def test_the_film_shows_the_game_that_is_scored():
     seen = torch.stack([obs[0, -1].float() for obs in shown])
 
     def distance(shift):
-        return (small[: len(seen) - 10] - seen[shift : len(seen) - 10 + shift]).square().mean().item()
+        return (small[10 : len(seen) - 10] - seen[10 + shift : len(seen) - 10 + shift]).square().mean().item()
 
-    assert distance(0) < min(distance(1), distance(10)) / 3
+    assert distance(0) < 0.7 * min(distance(shift) for shift in (-10, -1, 1, 10))
 
 
 def test_evaluation_scores_whole_games_with_raw_rewards():
