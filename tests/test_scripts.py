@@ -336,7 +336,7 @@ def test_metrics_and_episodes_are_logged(name):
     assert len(rows) > 5
     assert sum(int(row["length"]) for row in rows) <= load(folder)["step"]
     logged = [event.value for event in events.Scalars("episode/length")]
-    assert all(event.value > 100 for event in events.Scalars("time/sps"))  # steps, not seconds
+    assert all(event.value > 20 for event in events.Scalars("time/sps"))  # steps, not seconds
     assert min(logged) >= min(int(row["length"]) for row in rows)
     assert max(logged) <= max(int(row["length"]) for row in rows)
     if len(logged) == len(rows):

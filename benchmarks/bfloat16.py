@@ -1,0 +1,65 @@
+"""Does bfloat16 change what is learned? PPO on Breakout with it and without, drawn into docs/bfloat16.png.
+
+python benchmarks/bfloat16.py               # trains what is not in benchmarks/bfloat16.csv, then draws
+"""
+
+import csv
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from speed import HERE, ROOT
+
+FORMATS = {"bfloat16": "#1f4e79", "float32": "#b5541c"}
+SEEDS = (1, 2)
+STEPS = 300_000
+GRID = np.linspace(0, STEPS, 16)[1:]  # steps at which the curves are read
+PATH = HERE / "bfloat16.csv"
+
+
+def train(name: str, seed: int) -> list:
+    """Train one agent on one thread; rows of the mean score of the games that ended in each interval of the grid."""
+    flags = f"--total-timesteps {STEPS} --num-threads 1 --num-checkpoints 1 --eval-episodes 10 --seed {seed}"
+    flags += " --bfloat16" if name == "bfloat16" else " --no-bfloat16"
+    with TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, str(ROOT / "ppo_atari.py"), *flags.split()], cwd=folder, check=True)
+        (path,) = Path(folder, "runs").glob("*/episodes.csv")
+        episodes = np.array([[float(row["step"]), float(row["return"])] for row in csv.DictReader(path.open())])
+    interval = np.digitize(episodes[:, 0], [0, *GRID], right=True) - 1
+    return [(name, seed, int(step), round(episodes[interval == i, 1].mean(), 3)) for i, step in enumerate(GRID)]
+
+
+def draw(rows: list, path: Path):
+    """One line a run."""
+    from matplotlib.figure import Figure
+
+    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
+    for name, color in FORMATS.items():
+        for seed in SEEDS:
+            curve = [float(row[3]) for row in rows if row[0] == name and int(row[1]) == seed]
+            if curve:
+                axis.plot(GRID / 1000, curve, color=color, label=name if seed == SEEDS[0] else None)
+    axis.set(xlabel="thousand environment steps", ylabel="score of the training games", ylim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    """Train, two at a time; write the CSV; draw it."""
+    rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
+    done = {(row[0], int(row[1])) for row in rows}
+    todo = [(name, seed) for seed in SEEDS for name in FORMATS if (name, seed) not in done]
+    with ThreadPoolExecutor(2) as pool:
+        for new in pool.map(lambda job: train(*job), todo):
+            rows += new
+            with PATH.open("w", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([("format", "seed", "step", "return"), *rows])
+    draw(rows, ROOT / "docs" / "bfloat16.png")
+
+
+if __name__ == "__main__":
+    main()
