@@ -255,7 +255,7 @@ class Replay:
             getattr(self, name)[: self.size] = state[name]
 
     def sample(self, batch_size: int) -> tuple:
-        """A random minibatch: obs (B, 4, 84, 84) uint8, action, reward, next_obs, terminated (B,), on the device.
+        """A random minibatch: obs (B, 4, 84, 84) uint8, action, reward, next_obs, terminated (B,).
 
         Left out are the newest row, whose successor is yet to come, truncated steps, and in a full ring the oldest
         rows, of which earlier screens are overwritten.
@@ -347,7 +347,8 @@ def train(args: Args) -> Path:
             # 2. learn: a gradient step every few environment steps
             if replay.size * args.num_envs >= args.learning_starts:
                 for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
-                    minibatch_obs, action, reward, next_obs, terminated = replay.sample(args.batch_size)
+                    minibatch = (x.to(device) for x in replay.sample(args.batch_size))
+                    minibatch_obs, action, reward, next_obs, terminated = minibatch
                     with torch.no_grad():
                         target = td_target(agent, target_network, reward, next_obs, terminated, args.gamma)
                     loss, metrics = dqn_loss(agent, minibatch_obs, action, target)

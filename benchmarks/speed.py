@@ -58,23 +58,23 @@ TASKS = {
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
         10_240,
-        "--no-anneal-lr",
+        "--no-anneal-lr --max-eval-steps 100",
         "PPO",
         {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
         | {"ent_coef": 0.01},
     ),
-    "dqn_atari Breakout, 1 env there": (
+    "dqn_atari Breakout, Stable-Baselines3 with 1 env": (
         "dqn_atari",
         8_000,
-        "--learning-starts 500 --buffer-size 20000",
+        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 1, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 4}
         | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "optimize_memory_usage": False},
     ),
-    "dqn_atari Breakout, 16 envs there": (
+    "dqn_atari Breakout, Stable-Baselines3 with 16 envs": (
         "dqn_atari",
         8_000,
-        "--learning-starts 500 --buffer-size 20000",
+        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 16, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 1}
         | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "gradient_steps": 4},
