@@ -410,7 +410,7 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
         reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
         pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:

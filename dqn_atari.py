@@ -1,7 +1,7 @@
 """Deep Q-learning (DQN) from the pixels of Atari games.
 
 Q-learning whose table is a convolutional network. What the agent sees is stored in a replay, from which minibatches
-are drawn at random, long after and many times; the targets come from a copy of the network that is brought up to date
+are drawn at random, each step several times; the targets come from a copy of the network that is brought up to date
 now and then. Many games are played at once, with one gradient step every four steps as if it were one game.
 `diff dqn_atari.py ddqn_atari.py` is the lesson on Double DQN.
 
@@ -16,11 +16,11 @@ with --save-replay.
 Papers
     [DQN] Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518
 
-Deviations: Adam instead of RMSprop, and the exploration of later work, which ends at 1 % random actions after a tenth
-of the run; the target network follows every 1,000 steps instead of every 40,000; the convolutions are computed
-in bfloat16 where the processor has it; after a lost life nobody presses the fire button for the agent; a game that is
-broken off is never learned from at its last step, as its next screen is not in the replay; at every checkpoint the
-environments start afresh.
+Deviations: Adam instead of RMSprop; exploration ends at 1 % random actions after a tenth of the run, as in later work,
+and so does evaluation (the paper: 10 % and 5 %); the target network follows every 1,000 steps instead of every 40,000;
+all but the last layer is computed in bfloat16 where the processor has it; games that wait for the fire button are
+started with it; the last step of a game that is broken off is not learned from, as the screen after it is not in the
+replay; at every checkpoint the environments start afresh.
 """
 
 import copy
@@ -79,7 +79,7 @@ class Args:
 
     num_envs: int = 16  # parallel environments (N)
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # convolve in bfloat16, if fast here
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
     learning_rate: float = 1e-4  # of Adam
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
@@ -100,10 +100,12 @@ class Args:
         for name in ("gamma", "start_e", "end_e", "exploration_fraction", "eval_epsilon"):
             if getattr(self, name) > 1:
                 refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
-        if self.learning_starts < max(self.batch_size, 8 * self.num_envs):
-            refuse(f"--learning-starts {self.learning_starts}: must be a minibatch, and 8 steps of each environment")
+        if self.learning_starts < 8 * self.num_envs:
+            refuse(f"--learning-starts {self.learning_starts}: must be at least 8 * --num-envs")
         if self.buffer_size < self.learning_starts + self.num_envs:
-            refuse(f"--buffer-size {self.buffer_size}: must be above --learning-starts {self.learning_starts}")
+            refuse(f"--buffer-size {self.buffer_size}: must be --learning-starts + --num-envs or more")
+        if self.num_checkpoints * self.num_envs * 2 > self.total_timesteps:
+            refuse(f"--num-checkpoints {self.num_checkpoints}: leaves less than 2 * --num-envs steps between two")
         if self.total_timesteps <= self.learning_starts:
             refuse(f"--total-timesteps {self.total_timesteps}: must be above --learning-starts {self.learning_starts}")
 
@@ -126,7 +128,8 @@ class AtariGames(VectorWrapper):
         """Start new games; `seed` is an int or one int per environment."""
         seed = np.array(seed) if isinstance(seed, list) else seed
         obs, infos = self.env.reset(seed=seed)
-        self.lives, self.score, self.length = infos["lives"], np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.score, self.length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.frame_number = infos["episode_frame_number"]
         self.frames = self.camera.reset(seed=seed)[0] if self.camera else None
         return obs, infos
 
@@ -135,11 +138,13 @@ class AtariGames(VectorWrapper):
         obs, reward, terminated, truncated, infos = self.env.step(action)
         self.frames = self.camera.step(action)[0] if self.camera else None
         self.score, self.length = self.score + reward, self.length + 1
-        # A lost life is reported as `terminated` too, but at the end of a game the lives are those of the next one.
-        over = truncated | terminated & (infos["lives"] >= self.lives)
+        # A lost life is reported as `terminated` too, but only after the end of a game are its frames counted anew.
+        restarted = infos["episode_frame_number"] < self.frame_number
+        over = truncated | terminated & (restarted | (not self.training))
         if over.any():
             infos |= {"episode": {"r": self.score, "l": self.length}, "_episode": over}
-        self.lives, self.score, self.length = infos["lives"], self.score * ~over, self.length * ~over
+        self.score, self.length = self.score * ~over, self.length * ~over
+        self.frame_number = infos["episode_frame_number"]
         return obs, np.sign(reward) if self.training else reward, terminated, truncated, infos
 
     def render(self):
@@ -156,14 +161,18 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     package, _, env_id = args.env_id.rpartition(":")
     importlib.import_module(package or "ale_py")
     spec = gym.spec(env_id)
-    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("obs_type") == "ram":
-        refuse(f"--env-id {args.env_id}: not the screen of an Atari game; see ppo.py")
-    game = {name: spec.kwargs[name] for name in ("game", "repeat_action_probability")} | json.loads(args.env_kwargs)
-    common = {"num_envs": num_envs, "reward_clipping": False}
-    common["autoreset_mode"] = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
-    envs = AtariVectorEnv(**game, **common, life_loss_info=args.episodic_life and not evaluation)
+    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs["frameskip"] not in (1, 4):
+        refuse(f"--env-id {args.env_id}: neither ALE/...-v5 nor ...NoFrameskip-v4, the Atari games; others: ppo.py")
+    game = {"repeat_action_probability": spec.kwargs["repeat_action_probability"]} | json.loads(args.env_kwargs)
+    fixed = {"game": spec.kwargs["game"], "num_envs": num_envs, "reward_clipping": False, "episodic_life": False}
+    fixed |= {"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP}
+    fixed |= {"batch_size": 0, "continuous": False}
+    envs = AtariVectorEnv(**game, **fixed, life_loss_info=args.episodic_life and not evaluation)
+    stack, *screen = envs.single_observation_space.shape
+    if stack < 1 or screen != [84, 84]:
+        refuse(f"--env-kwargs '{args.env_kwargs}': the network is made for one or more grey screens of 84 x 84 pixels")
     colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour, **common) if render else None)
+    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour, **fixed) if render else None)
 
 
 # --- network ---
@@ -234,9 +243,9 @@ class Replay:
         row, age = self.next_row, self.age[self.next_row - 1] + 1
         self.frames[row] = torch.as_tensor(obs[:, -1])
         self.age[row] = age.clamp(max=self.stack - 1) * ~torch.as_tensor(self.new_game)
-        values = {"action": action, "reward": reward, "terminated": terminated, "truncated": truncated & ~terminated}
-        for name, value in values.items():
-            getattr(self, name)[row] = torch.as_tensor(value)
+        self.action[row], self.reward[row] = torch.as_tensor(action), torch.as_tensor(reward)
+        self.terminated[row] = torch.as_tensor(terminated)
+        self.truncated[row] = torch.as_tensor(truncated & ~terminated)
         self.new_game = new_game
         self.next_row, self.size = (row + 1) % self.num_rows, min(self.size + 1, self.num_rows)
 
@@ -288,8 +297,10 @@ def td_target(agent, target_network, reward, next_obs, terminated, gamma):
     return reward + gamma * next_value * ~terminated  # [DQN, Algorithm 1]
 
 
-def dqn_loss(agent, obs, action, target):
+def dqn_loss(agent, target_network, obs, action, reward, next_obs, terminated, gamma):
     """The loss of one minibatch, every tensor (B, ...), and a dict of scalar tensors worth logging."""
+    with torch.no_grad():
+        target = td_target(agent, target_network, reward, next_obs, terminated, gamma)
     q_value = agent(obs).gather(-1, action[:, None]).squeeze(-1)
     loss = nn.functional.huber_loss(q_value, target)  # errors beyond 1 count linearly [DQN, Methods]
     return loss, {"loss/td": loss.detach(), "train/q_value": q_value.detach().mean()}
@@ -308,9 +319,11 @@ def make_replay(args: Args, obs_shape: tuple, device: torch.device) -> Replay:
     place = device if args.replay_on_device else torch.device("cpu")
     needed = args.buffer_size * math.prod(obs_shape[1:]) * (2 if args.save_replay else 1)  # a copy while it is saved
     free = torch.cuda.mem_get_info(place)[0] if place.type == "cuda" else psutil.virtual_memory().available
-    print(f"the replay will take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB of free memory", file=sys.stderr)
     if needed + 5e8 > free:  # the rest of the program takes about as much
-        refuse(f"--buffer-size {args.buffer_size}: {needed / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB of memory")
+        other = ", or --no-replay-on-device" if place.type != "cpu" else ""
+        room = f"{needed / 1e9:.1f} GB do not fit into {free / 1e9:.1f} GB of free memory"
+        refuse(f"--buffer-size {args.buffer_size}: {room}; take a smaller one{other}")
+    print(f"the replay will take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB of free memory", file=sys.stderr)
     return Replay(args.buffer_size, args.num_envs, obs_shape, place)
 
 
@@ -347,11 +360,8 @@ def train(args: Args) -> Path:
             # 2. learn: a gradient step every few environment steps
             if replay.size * args.num_envs >= args.learning_starts:
                 for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
-                    minibatch = (x.to(device) for x in replay.sample(args.batch_size))
-                    minibatch_obs, action, reward, next_obs, terminated = minibatch
-                    with torch.no_grad():
-                        target = td_target(agent, target_network, reward, next_obs, terminated, args.gamma)
-                    loss, metrics = dqn_loss(agent, minibatch_obs, action, target)
+                    minibatch = [x.to(device) for x in replay.sample(args.batch_size)]
+                    loss, metrics = dqn_loss(agent, target_network, *minibatch, args.gamma)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -426,7 +436,7 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
         reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
         pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:

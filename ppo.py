@@ -113,6 +113,8 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
 
     def make_env():
         """One environment, its spaces checked and its observations flattened."""
+        if re.search("^ALE/|NoFrameskip", args.env_id):
+            refuse(f"--env-id {args.env_id}: an Atari game, see ppo_atari.py")
         render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
         env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
         if isinstance(env.observation_space, Discrete) and isinstance(env.action_space, Discrete):
@@ -424,7 +426,7 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
         reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
         pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:

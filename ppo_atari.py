@@ -9,7 +9,7 @@ the value. What is logged and evaluated is the score of whole games.
     python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4
     python ppo_atari.py --env-id ALE/Breakout-v5                  # sticky actions: one in four is the last one again
 
-A step is four frames. NoFrameskip-v4 ids play as the papers below do, ALE/...-v5 ids with sticky actions [Sticky].
+A step is four frames. NoFrameskip-v4 ids play as [PPO] and [DQN] did, ALE/...-v5 ids with sticky actions [Sticky].
 
 Papers
     [PPO] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -20,10 +20,11 @@ Papers
     [KL]  Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
     [Sticky] Machado et al. 2018, Revisiting the Arcade Learning Environment, arXiv:1709.06009
 
-Deviations: the convolutions are computed in bfloat16 where the processor has it; the value loss is not clipped; after
-a lost life nobody presses the fire button for the agent; a game that is broken off after 108,000 frames bootstraps from
-its true last screen; at every checkpoint the environments start afresh, so that a resumed run repeats the
-uninterrupted one. The evaluation samples its actions, as the papers do.
+Deviations: four epochs instead of three, a weight of 0.5 for the value loss instead of 1, and a clip that stays 0.1
+[PPO, Table 5]; all but the last layers are computed in bfloat16 where the processor has it; games that wait for the
+fire button are started with it, but after a lost life the agent has to press it; a game that is broken off after
+108,000 frames bootstraps from its true last screen; at every checkpoint the environments start afresh, so that a
+resumed run repeats the uninterrupted one. The evaluation samples its actions.
 """
 
 import gc
@@ -80,7 +81,7 @@ class Args:
     num_envs: int = 8  # parallel environments (N)
     num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # convolve in bfloat16, if fast here
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
     learning_rate: float = 2.5e-4  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.99  # discount factor
@@ -122,7 +123,8 @@ class AtariGames(VectorWrapper):
         """Start new games; `seed` is an int or one int per environment."""
         seed = np.array(seed) if isinstance(seed, list) else seed
         obs, infos = self.env.reset(seed=seed)
-        self.lives, self.score, self.length = infos["lives"], np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.score, self.length = np.zeros(self.num_envs), np.zeros(self.num_envs, int)
+        self.frame_number = infos["episode_frame_number"]
         self.frames = self.camera.reset(seed=seed)[0] if self.camera else None
         return obs, infos
 
@@ -131,11 +133,13 @@ class AtariGames(VectorWrapper):
         obs, reward, terminated, truncated, infos = self.env.step(action)
         self.frames = self.camera.step(action)[0] if self.camera else None
         self.score, self.length = self.score + reward, self.length + 1
-        # A lost life is reported as `terminated` too, but at the end of a game the lives are those of the next one.
-        over = truncated | terminated & (infos["lives"] >= self.lives)
+        # A lost life is reported as `terminated` too, but only after the end of a game are its frames counted anew.
+        restarted = infos["episode_frame_number"] < self.frame_number
+        over = truncated | terminated & (restarted | (not self.training))
         if over.any():
             infos |= {"episode": {"r": self.score, "l": self.length}, "_episode": over}
-        self.lives, self.score, self.length = infos["lives"], self.score * ~over, self.length * ~over
+        self.score, self.length = self.score * ~over, self.length * ~over
+        self.frame_number = infos["episode_frame_number"]
         return obs, np.sign(reward) if self.training else reward, terminated, truncated, infos
 
     def render(self):
@@ -152,14 +156,18 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     package, _, env_id = args.env_id.rpartition(":")
     importlib.import_module(package or "ale_py")
     spec = gym.spec(env_id)
-    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs.get("obs_type") == "ram":
-        refuse(f"--env-id {args.env_id}: not the screen of an Atari game; see ppo.py")
-    game = {name: spec.kwargs[name] for name in ("game", "repeat_action_probability")} | json.loads(args.env_kwargs)
-    common = {"num_envs": num_envs, "reward_clipping": False}
-    common["autoreset_mode"] = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
-    envs = AtariVectorEnv(**game, **common, life_loss_info=args.episodic_life and not evaluation)
+    if spec.entry_point != "ale_py.env:AtariEnv" or spec.kwargs["frameskip"] not in (1, 4):
+        refuse(f"--env-id {args.env_id}: neither ALE/...-v5 nor ...NoFrameskip-v4, the Atari games; others: ppo.py")
+    game = {"repeat_action_probability": spec.kwargs["repeat_action_probability"]} | json.loads(args.env_kwargs)
+    fixed = {"game": spec.kwargs["game"], "num_envs": num_envs, "reward_clipping": False, "episodic_life": False}
+    fixed |= {"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP}
+    fixed |= {"batch_size": 0, "continuous": False}
+    envs = AtariVectorEnv(**game, **fixed, life_loss_info=args.episodic_life and not evaluation)
+    stack, *screen = envs.single_observation_space.shape
+    if stack < 1 or screen != [84, 84]:
+        refuse(f"--env-kwargs '{args.env_kwargs}': the network is made for one or more grey screens of 84 x 84 pixels")
     colour = {"grayscale": False, "img_height": 210, "img_width": 160, "stack_num": 1}
-    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour, **common) if render else None)
+    return AtariGames(envs, not evaluation, AtariVectorEnv(**game | colour, **fixed) if render else None)
 
 
 # --- network ---
@@ -401,7 +409,7 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
         reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
         package = args.env_id.partition(":")[0]
         pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}{pip}")
+        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
 
 
 def pick_device(name: str, obs_space: gym.Space) -> torch.device:

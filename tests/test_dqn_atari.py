@@ -1,15 +1,16 @@
 """dqn_atari.py and ddqn_atari.py: the replay against what the games showed, and the targets against the book."""
 
+import copy
 import json
 import re
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import ROOT
-from test_scripts import DQN, PIXELS, assert_refused, definitions, flags_of, load, run, scalars, source
+from test_scripts import assert_refused, definitions, load, run, scalars, source
 
 import ddqn_atari
 import dqn_atari as dqn
@@ -73,11 +74,13 @@ def test_replay_draws_every_step_it_may_and_no_other(num_steps):
     replay = dqn.Replay(20, 2, (4, 2, 2), "cpu")  # 10 rows
     no = np.zeros(2, dtype=bool)
     for t in range(num_steps):
-        truncated = np.array([t == num_steps - 4, False])
-        replay.add(np.zeros((2, 4, 2, 2), np.uint8), [0, 0], np.array([t, -t]), no, truncated, no)
+        truncated, both = np.array([t == num_steps - 4, False]), np.array([False, t == num_steps - 3])
+        replay.add(np.zeros((2, 4, 2, 2), np.uint8), [0, 0], np.array([t, -t]), both, truncated | both, no)
+        if t == num_steps - 3:
+            replay.break_off()  # the first of the two had not terminated, the second had
     drawn = set(replay.sample(5_000)[2].tolist())
     steps = range(0 if num_steps == 7 else num_steps - 7, num_steps - 1)  # without the newest, and 3 of a full ring
-    assert drawn == {float(t) for t in steps if t != num_steps - 4} | {-float(t) for t in steps}
+    assert drawn == {float(t) for t in steps if t < num_steps - 4 or t > num_steps - 3} | {-float(t) for t in steps}
 
 
 def test_replay_of_a_million_steps_takes_memory_only_as_it_fills():
@@ -89,13 +92,11 @@ def test_replay_of_a_million_steps_takes_memory_only_as_it_fills():
 
 @both
 def test_a_replay_that_does_not_fit_is_refused(module, capsys, tmp_path):
-    message = "--buffer-size 1000000000: 7056.0 GB do not fit"
     with pytest.raises(SystemExit) as stop:
         module.train(module.parse_args(["--buffer-size", "1e9"]))
     out, err = capsys.readouterr()
     assert (stop.value.code, out) == (2, "")
-    assert re.search(r"the replay will take 7056.0 GB of [\d.]+ GB of free memory", err)
-    assert message in err.splitlines()[-1]
+    assert re.fullmatch(r".*--buffer-size 1000000000: 7056.0 GB do not fit into [\d.]+ GB of free memory; .*\n", err)
     assert not list(tmp_path.iterdir())
 
 
@@ -178,9 +179,11 @@ def test_maximisation_bias_of_sutton_and_barto():
 
 def test_loss_is_hubers_and_of_the_action_taken():
     agent = Table(torch.tensor([[[1.0, 9.0]], [[9.0, 2.0]], [[3.0, 9.0]]]))
-    state, action, target = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 0]), torch.tensor([1.5, 2.0, 7.0])
-    loss, metrics = dqn.dqn_loss(agent, state, action, target)
-    assert loss.item() == pytest.approx((0.5 * 0.5**2 + 0 + (4 - 0.5)) / 3)
+    target_network = Table(torch.tensor([[[0.0, 1.0]]] * 3))
+    state, action, reward = torch.zeros(3, dtype=torch.int64), torch.tensor([0, 1, 0]), torch.tensor([1.0, 2.0, 6.5])
+    terminated = torch.tensor([False, True, False])
+    loss, metrics = dqn.dqn_loss(agent, target_network, state, action, reward, state, terminated, 0.5)
+    assert loss.item() == pytest.approx((0.5 * 0.5**2 + 0 + (4 - 0.5)) / 3)  # targets 1.5, 2 and 7
     assert metrics["loss/td"].item() == loss.item()
     assert metrics["train/q_value"].item() == pytest.approx(2)
 
@@ -193,9 +196,8 @@ def test_exploration(module):
     args = module.parse_args(["--env-id", "PongNoFrameskip-v4", "--eval-epsilon", "0.5"])
     envs = module.make_envs(args, 2)
     agent = module.Agent(envs, args)
-    obs = torch.randint(255, (4_000, 4, 84, 84), dtype=torch.uint8)[:1].expand(4_000, -1, -1, -1)
-    torch.nn.init.zeros_(agent.head.weight)
-    agent.head.bias.data = torch.arange(6.0)
+    agent.forward = lambda obs: torch.arange(6.0).expand(len(obs), 6)
+    obs = torch.zeros(4_000, 1)
     assert (agent.act(obs[:8], True) == 5).all()
     counts = np.bincount(agent.act(obs, False), minlength=6) / 4_000
     np.testing.assert_allclose(counts, [0.5 / 6] * 5 + [0.5 + 0.5 / 6], atol=0.03)
@@ -231,13 +233,85 @@ def test_replay_ratio_target_network_and_epsilon(module, monkeypatch):
     assert [event.step for event in scalars(folder, "train/epsilon")] == [102, 204, 306, 408, 510, 600]
 
 
-def test_the_target_network_is_the_agent_of_the_last_copy():
+def test_what_is_stored_is_what_happened_and_what_is_drawn_is_learned_from(monkeypatch):
+    """train() beside the environments it steps, the replay it fills and the two networks it has."""
+    happened, stored, drawn, learned, networks = [], [], [], [], []
+    make_envs, replay, loss = dqn.make_envs, dqn.Replay, dqn.dqn_loss
+
+    class Spy(gym.vector.VectorWrapper):
+        def reset(self, **kwargs):
+            self.obs, infos = self.env.reset(**kwargs)
+            return self.obs, infos
+
+        def step(self, action):
+            result = self.env.step(action)
+            over = result[4].get("_episode", np.zeros(2, dtype=bool))
+            happened.append([x.copy() for x in (self.obs, action, *result[1:4], over)])
+            self.obs = result[0]
+            return result
+
+    def spy_envs(args, num_envs, evaluation=False, render=False):
+        envs = make_envs(args, num_envs, evaluation, render)
+        return envs if evaluation else Spy(envs)
+
+    class SpyReplay(replay):
+        def add(self, *step):
+            stored.append([np.array(x) for x in step])
+            super().add(*step)
+
+        def sample(self, batch_size):
+            drawn.append(super().sample(batch_size))
+            return drawn[-1]
+
+    def spy_loss(agent, target_network, *minibatch):
+        learned.append(minibatch)
+        networks.append((agent, target_network))
+        return loss(agent, target_network, *minibatch)
+
+    backward = torch.Tensor.backward
+
+    def spy_backward(tensor):
+        assert all(p.grad is None for p in networks[-1][0].parameters())  # each update has a gradient of its own
+        backward(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy_backward)
+    monkeypatch.setattr(dqn, "make_envs", spy_envs)
+    monkeypatch.setattr(dqn, "Replay", SpyReplay)
+    monkeypatch.setattr(dqn, "dqn_loss", spy_loss)
+    folder = run("dqn_atari", "--target-network-frequency", "500")
+    assert len(happened) == len(stored) == 256
+    for expected, actual in zip(happened, stored):
+        assert len(expected) == len(actual)
+        assert all(np.array_equal(a, b) for a, b in zip(expected, actual))
+    assert len(drawn) == len(learned) > 20
+    for expected, (*actual, gamma) in zip(drawn, learned):
+        assert all(torch.equal(a, b) for a, b in zip(expected, actual))
+        assert gamma == 0.99
+    agents, targets = ({id(pair[i]) for pair in networks} for i in (0, 1))
+    assert len(agents) == len(targets) == 1
+    assert agents != targets
+    checkpoint = load(folder)
+    assert all(torch.equal(checkpoint["agent"][k], v) for k, v in networks[0][0].state_dict().items())
+    assert all(torch.equal(checkpoint["target_network"][k], v) for k, v in networks[0][1].state_dict().items())
+
+
+def test_the_target_network_is_the_agent_of_the_last_copy(monkeypatch):
     first = load(run("dqn_atari", "--target-network-frequency", "512"))
     agent, target = first["agent"], first["target_network"]
     assert all(torch.equal(agent[name], target[name]) for name in agent)
-    later = load(run("dqn_atari", "--target-network-frequency", "500"))
+    states, log = [], dqn.Run.log
+
+    def spy_log(run, metrics):
+        states.append((run.step, copy.deepcopy(run.parts["agent"].state_dict())))
+        log(run, metrics)
+
+    monkeypatch.setattr(dqn.Run, "log", spy_log)
+    later = load(run("dqn_atari", "--target-network-frequency", "400", "--log-interval", "2"))
     agent, target = later["agent"], later["target_network"]
+    then = dict(states)[400]
+    assert all(torch.equal(then[name], target[name]) for name in agent)
     assert not all(torch.equal(agent[name], target[name]) for name in agent)
+    assert not all(torch.equal(states[0][1][name], target[name]) for name in agent)
 
 
 @pytest.mark.skipif("not torch.cpu.get_capabilities().get('avx512_bf16')", reason="no bfloat16 in hardware")
@@ -247,9 +321,9 @@ def test_bfloat16_gives_the_gradient_of_float32():
     for _ in range(40):
         obs, *_ = envs.step(envs.action_space.sample())
     agent = dqn.Agent(envs, dqn.parse_args([]))
-    target = torch.randn(32)
+    minibatch = torch.as_tensor(obs), torch.arange(32) % 4, torch.randn(32), torch.as_tensor(obs)
     for agent.bfloat16 in (False, True):
-        loss, _ = dqn.dqn_loss(agent, torch.as_tensor(obs), torch.arange(32) % 4, target)
+        loss, _ = dqn.dqn_loss(agent, agent, *minibatch, torch.ones(32, dtype=torch.bool), 0.99)
         gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))]))
     assert torch.cosine_similarity(*gradients, dim=0) > 0.99
 
@@ -266,12 +340,12 @@ def test_the_two_differ_in_docstring_and_target_alone():
 
 
 BAD_INPUT = {
-    "--env-id CartPole-v1": "not the screen of an Atari game; see ppo.py",
+    "--env-id CartPole-v1": "the Atari games; others: ppo.py",
     "--eval-epsilon 1.5": "--eval-epsilon 1.5: must be at most 1",
     "--start-e 2": "--start-e 2.0: must be at most 1",
-    "--learning-starts 31": "must be a minibatch",
-    "--learning-starts 100 --num-envs 16": "8 steps of each environment",
-    "--buffer-size 80000": "--buffer-size 80000: must be above --learning-starts 80000",
+    "--learning-starts 100 --num-envs 16": "--learning-starts 100: must be at least 8 * --num-envs",
+    "--buffer-size 80015": "--buffer-size 80015: must be --learning-starts + --num-envs or more",
+    "--num-checkpoints 400000": "less than 2 * --num-envs steps between two",
     "--total-timesteps 80000": "--total-timesteps 80000: must be above --learning-starts 80000",
 }
 
@@ -283,8 +357,6 @@ def test_bad_input_is_refused_in_one_line(module, capsys, tmp_path):
 
 def test_flags_of_the_shared_tests_learn_something():
     """The shared tests are worth as much as the run they look at: it learns, and games end in it."""
-    assert "--save-replay" in flags_of("dqn_atari")
     folder = run("dqn_atari")
     assert len(Path(folder, "episodes.csv").read_text().splitlines()) > 5
     assert len(scalars(folder, "loss/td")) >= 2
-    assert PIXELS and DQN and ROOT
