@@ -4,6 +4,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -74,8 +75,9 @@ def test_replay_draws_every_step_it_may_and_no_other(num_steps):
     replay = dqn.Replay(20, 2, (4, 2, 2), "cpu")  # 10 rows
     no = np.zeros(2, dtype=bool)
     for t in range(num_steps):
-        truncated, both = np.array([t == num_steps - 4, False]), np.array([False, t == num_steps - 3])
-        replay.add(np.zeros((2, 4, 2, 2), np.uint8), [0, 0], np.array([t, -t]), both, truncated | both, no)
+        truncated = np.array([t == num_steps - 4, t == num_steps - 5])
+        terminated = np.array([False, t in (num_steps - 5, num_steps - 3)])
+        replay.add(np.zeros((2, 4, 2, 2), np.uint8), [0, 0], np.array([t, -t]), terminated, truncated, no)
         if t == num_steps - 3:
             replay.break_off()  # the first of the two had not terminated, the second had
     drawn = set(replay.sample(5_000)[2].tolist())
@@ -98,6 +100,17 @@ def test_a_replay_that_does_not_fit_is_refused(module, capsys, tmp_path):
     assert (stop.value.code, out) == (2, "")
     assert re.fullmatch(r".*--buffer-size 1000000000: 7056.0 GB do not fit into [\d.]+ GB of free memory; .*\n", err)
     assert not list(tmp_path.iterdir())
+
+
+def test_saving_the_replay_needs_its_memory_twice(monkeypatch):
+    obs_shape, flags = (4, 84, 84), ["--buffer-size", "1e5"]  # 0.7 GB, and half a GB for the rest
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.3e9))
+    assert dqn.make_replay(dqn.parse_args(flags), obs_shape, torch.device("cpu")).num_rows == 6250
+    with pytest.raises(SystemExit):
+        dqn.make_replay(dqn.parse_args([*flags, "--save-replay"]), obs_shape, torch.device("cpu"))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.1e9))
+    with pytest.raises(SystemExit):
+        dqn.make_replay(dqn.parse_args(flags), obs_shape, torch.device("cpu"))
 
 
 def test_replay_is_in_the_checkpoint_only_on_demand():
