@@ -36,8 +36,8 @@ TABLE = [
      "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 1),
     ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 --gamma 0.95 "
      "--gae-lambda 0.9", 1),
-    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1e6 --num-steps 2 --gamma 0.9 --gae-lambda 0.9 "
-     "--action-std 1", 2),
+    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1e6 --num-envs 8 --num-steps 4 --gamma 0.9 "
+     "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", 3),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1e6 --num-steps 8", 1),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
@@ -45,6 +45,7 @@ TABLE = [
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 1),
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
+    ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
 ]  # fmt: skip
 PATH = HERE / "scores.csv"
 

@@ -357,3 +357,17 @@ def test_nan_stops_the_run():
     flags = ["--env-id", "BipedalWalker-v3", *TINY, "--learning-rate", "1e38", "--log-interval", "25"]
     with pytest.raises(SystemExit, match="action is NaN or infinite at step 32"):
         train(*flags)
+
+
+def test_ends_and_truncations_in_one_rollout(seen):
+    """Only a truncated step gets another successor's value."""
+    flags = ["--env-id", "LunarLanderContinuous-v3", "--env-kwargs", '{"max_episode_steps": 100}', "--num-steps", "128"]
+    train(*flags, "--num-envs", "8", "--total-timesteps", "2048", "--num-checkpoints", "1", "--eval-episodes", "1")
+    both = 0
+    for call in seen:
+        _, values, next_values, terminated, done, *_ = call[0]
+        truncated, inside = done & ~terminated, ~done[:-1]
+        both += bool(terminated.any() and truncated.any())
+        assert torch.equal(next_values[:-1][inside], values[1:][inside])
+        assert not torch.equal(next_values[:-1][truncated[:-1]], values[1:][truncated[:-1]]) or not truncated.any()
+    assert both
