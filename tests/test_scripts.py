@@ -35,19 +35,19 @@ SCRIPTS = {
     "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(616, 433, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
+        *(616, 428, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
         "12800",
     ),
     "ppo": (
-        *(630, 446, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(632, 443, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
     "ppo_atari": (
-        *(599, 999, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(615, 431, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
-    "dqn_atari": (999, 999, f"{PIXELS} {DQN}", "4096"),
-    "ddqn_atari": (999, 999, f"{PIXELS} {DQN}", "4096"),
+    "dqn_atari": (642, 453, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (646, 454, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
