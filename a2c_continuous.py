@@ -10,8 +10,8 @@ many environments gives one gradient step. Actions must be Box; observations tha
         --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98          # 207 in 3 min
     python a2c_continuous.py --env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 \
         --gamma 0.95 --gae-lambda 0.9                             # -0.20 in 6 min
-    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1e6 --num-steps 2 \
-        --gamma 0.9 --gae-lambda 0.9 --action-std 1               # -187 and -219 in 1 min
+    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1e6 --num-envs 8 --num-steps 4 --gamma 0.9 \
+        --gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1     # -192, -236, -189 in 1 min
 
 Papers
     [A3C]  Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783

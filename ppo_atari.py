@@ -6,7 +6,8 @@ its sign; a lost life ends the return, though the game goes on. One convolutiona
 the value. What is logged and evaluated is the score of whole games.
 
     python ppo_atari.py                                           # Breakout, 10 M steps: not measured yet
-    python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4
+    python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 \
+        --num-threads 1                                           # 15.8 in 67 min
     python ppo_atari.py --env-id ALE/Breakout-v5                  # sticky actions: one in four is the last one again
 
 A step is four frames. NoFrameskip-v4 ids play as [PPO] and [DQN] did, ALE/...-v5 ids with sticky actions [Sticky].

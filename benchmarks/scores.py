@@ -42,7 +42,7 @@ TABLE = [
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
-    ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 1),
+    ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 3),
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),

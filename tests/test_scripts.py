@@ -43,7 +43,7 @@ SCRIPTS = {
         "12800",
     ),
     "ppo_atari": (
-        *(615, 431, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(616, 431, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
     "dqn_atari": (642, 453, f"{PIXELS} {DQN}", "4096"),
