@@ -57,7 +57,7 @@ TASKS = {
     ),
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
-        10_240,
+        20_480,
         "--no-anneal-lr --max-eval-steps 100",
         "PPO",
         {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
