@@ -7,7 +7,7 @@ the value. What is logged and evaluated is the score of whole games.
 
     python ppo_atari.py                                           # Breakout, 10 M steps: not measured yet
     python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 \
-        --num-threads 1                                           # 15.8 in 67 min
+        --num-threads 1                                           # 15.8 in 66 min
     python ppo_atari.py --env-id ALE/Breakout-v5                  # sticky actions: one in four is the last one again
 
 A step is four frames. NoFrameskip-v4 ids play as [PPO] and [DQN] did, ALE/...-v5 ids with sticky actions [Sticky].
@@ -22,9 +22,9 @@ Papers
     [Sticky] Machado et al. 2018, Revisiting the Arcade Learning Environment, arXiv:1709.06009
 
 Deviations: four epochs instead of three, a weight of 0.5 for the value loss instead of 1, and a clip that stays 0.1
-[PPO, Table 5]; all but the last layers are computed in bfloat16 where the processor has it; games that wait for the
+[PPO, appendix A]; all but the last layers are computed in bfloat16 where the processor has it; games that wait for the
 fire button are started with it, but after a lost life the agent has to press it; a game that is broken off after
-108,000 frames bootstraps from its true last screen; at every checkpoint the environments start afresh, so that a
+108,000 frames bootstraps from its last screen; at every checkpoint the environments start afresh, so that a
 resumed run repeats the uninterrupted one. The evaluation samples its actions.
 """
 

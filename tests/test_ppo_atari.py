@@ -59,6 +59,20 @@ def test_an_episode_is_a_whole_game_and_its_return_the_raw_score(env_id, game, l
     assert highest > 1 or game != "space_invaders"
 
 
+def test_evaluation_reports_each_game_once_with_its_score():
+    """There a lost life is no end, and the next game begins at the step after one."""
+    envs = ppo_atari.make_envs(parse(), 4, evaluation=True)
+    envs.reset(seed=3)
+    score, ends, rng = np.zeros(4), 0, np.random.default_rng(0)
+    while ends < 6:
+        _, reward, terminated, _, infos = envs.step(rng.integers(4, size=4))
+        score += reward
+        np.testing.assert_array_equal(infos.get("_episode", np.zeros(4, dtype=bool)), terminated)
+        if terminated.any():
+            np.testing.assert_array_equal(infos["episode"]["r"][terminated], score[terminated])
+        score, ends = score * ~terminated, ends + terminated.sum()
+
+
 def test_a_broken_off_game_is_truncated_and_shows_its_last_screen():
     """30 steps are 120 frames: the same game played longer has the same screens there, but for the very last frame."""
     short, long = (ppo_atari.make_envs(parse(max_num_frames_per_episode=frames), 2) for frames in (120, 400))
