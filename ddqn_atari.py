@@ -536,11 +536,17 @@ class Run:
             import wandb
 
             who = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
-            wandb.init(**who, resume="allow", name=self.folder.name, config=self.config, sync_tensorboard=True)
+            try:
+                wandb.init(**who, resume="allow", name=self.folder.name, config=self.config)
+            except wandb.Error as error:
+                refuse(f"--track: {error} (or set WANDB_MODE=offline)")
+            wandb.define_metric("*", step_metric="global_step")
             self.wandb, self.wandb_id = wandb, wandb.run.id
         if not args.resume:
             self.folder.mkdir(parents=True)
             shutil.copy(SCRIPT, self.folder)
+        if self.wandb:
+            self.wandb.run.log_code(str(self.folder))
         about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
         (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if args.resume else None)
@@ -587,12 +593,14 @@ class Run:
             self.ended = []
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
+        if self.wandb:
+            self.wandb.log(metrics | {"global_step": self.step})
         self.bar.update(min(self.step, self.last_step) - self.bar.n)
 
     def check_finite(self, **values):
         """End the run where a value is NaN or infinite; the last checkpoint stays."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not np.isfinite(np.asarray(value)).all():
                 sys.exit(f"{SCRIPT.name}: error: {name} is NaN or infinite at step {self.step}")
 
     def cut(self, envs: VectorEnv) -> tuple:

@@ -116,7 +116,10 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         if not isinstance(env.action_space, (Box, Discrete)):
             refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
         if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
-            env = gym.wrappers.FlattenObservation(env)
+            try:
+                env = gym.wrappers.FlattenObservation(env)
+            except NotImplementedError:  # by the space itself, of text for instance
+                refuse(f"--env-id {args.env_id}: observations {env.observation_space} cannot be flattened; wrap them")
         if env.observation_space.dtype != np.float32:
             env = gym.wrappers.DtypeObservation(env, np.float32)
         return env
@@ -457,11 +460,17 @@ class Run:
             import wandb
 
             who = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
-            wandb.init(**who, resume="allow", name=self.folder.name, config=self.config, sync_tensorboard=True)
+            try:
+                wandb.init(**who, resume="allow", name=self.folder.name, config=self.config)
+            except wandb.Error as error:
+                refuse(f"--track: {error} (or set WANDB_MODE=offline)")
+            wandb.define_metric("*", step_metric="global_step")
             self.wandb, self.wandb_id = wandb, wandb.run.id
         if not args.resume:
             self.folder.mkdir(parents=True)
             shutil.copy(SCRIPT, self.folder)
+        if self.wandb:
+            self.wandb.run.log_code(str(self.folder))
         about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
         (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if args.resume else None)
@@ -508,12 +517,14 @@ class Run:
             self.ended = []
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
+        if self.wandb:
+            self.wandb.log(metrics | {"global_step": self.step})
         self.bar.update(min(self.step, self.last_step) - self.bar.n)
 
     def check_finite(self, **values):
         """End the run where a value is NaN or infinite; the last checkpoint stays."""
         for name, value in values.items():
-            if not np.isfinite(value).all():
+            if not np.isfinite(np.asarray(value)).all():
                 sys.exit(f"{SCRIPT.name}: error: {name} is NaN or infinite at step {self.step}")
 
     def cut(self, envs: VectorEnv) -> tuple:

@@ -1,6 +1,9 @@
-"""Trains every row of TABLE, seed after seed, and writes benchmarks/scores.csv. Rows that are in it are skipped.
+"""Trains every row of TABLE, seed after seed: benchmarks/scores.csv has the scores, curves.csv the way there.
 
-python benchmarks/scores.py
+What is in both is skipped, so it can be stopped and started again.
+
+    python benchmarks/scores.py
+    python benchmarks/scores.py --only "ppo CartPole"    # the rows with all of these words in script and flags
 """
 
 import csv
@@ -15,7 +18,9 @@ from tempfile import TemporaryDirectory
 
 import gymnasium as gym
 import numpy as np
+import tyro
 from speed import HERE, ROOT, cpu_name
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(ROOT))
 import push_to_hub  # noqa: E402
@@ -47,26 +52,51 @@ TABLE = [
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
 ]  # fmt: skip
-PATH = HERE / "scores.csv"
+SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
+KEY = ("script", "flags", "seed")
 
 
-def main():
-    """Train what is not in the CSV yet."""
-    rows = list(csv.DictReader(PATH.open())) if PATH.exists() else []
-    done = {(row["script"], row["flags"], row["seed"]) for row in rows}
+def main(only: str = ""):
+    """Train what is not in the files yet.
+
+    Args:
+        only: words that script and flags have to contain.
+    """
+    scores, curves = {key(row): row for row in read(SCORES)}, {}
+    for row in read(CURVES):
+        curves.setdefault(key(row), []).append(row)
     for script, flags, seeds in TABLE:
         for seed in range(1, seeds + 1):
-            if (script, flags, str(seed)) not in done:
-                rows.append(train(script, flags, seed))
-                print(rows[-1], flush=True)
-                with PATH.open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[-1], restval="", lineterminator="\n")
-                    writer.writeheader()
-                    writer.writerows(rows)
+            task = (script, flags, str(seed))
+            if all(word in f"{script} {flags}" for word in only.split()) and not (task in scores and task in curves):
+                scores[task], curves[task] = train(script, flags, seed)
+                print(scores[task], flush=True)
+                write(SCORES, scores.values())
+                write(CURVES, [row for rows in curves.values() for row in rows])
 
 
-def train(script: str, flags: str, seed: int) -> dict:
-    """Train one agent as a user would; its row."""
+def key(row: dict) -> tuple:
+    """What tells one run from all others."""
+    return tuple(row[name] for name in KEY)
+
+
+def read(path: Path) -> list:
+    """The rows of a CSV file, none if it is not there."""
+    return list(csv.DictReader(path.open())) if path.exists() else []
+
+
+def write(path: Path, rows):
+    """The rows as CSV; a file that was there stays whole until this one is."""
+    rows, unfinished = list(rows), path.with_suffix(".tmp")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    unfinished.replace(path)
+
+
+def train(script: str, flags: str, seed: int) -> tuple:
+    """Train one agent as a user would; the row of its score and those of its evaluations on the way."""
     with TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / f"{script}.py"), *shlex.split(flags), "--seed", str(seed)]
         start = time.perf_counter()
@@ -74,6 +104,9 @@ def train(script: str, flags: str, seed: int) -> dict:
         seconds = time.perf_counter() - start
         (run,) = Path(folder, "runs").iterdir()
         results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
+        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+        task = {"script": script, "flags": flags, "seed": str(seed)}
+        curve = [task | {"step": e.step, "return": round(e.value, 4)} for e in events.Scalars("eval/return_mean")]
         note = ""
         if results["env_id"] == "Taxi-v4":
             returns, _ = evaluate(run)
@@ -83,7 +116,7 @@ def train(script: str, flags: str, seed: int) -> dict:
             returns, pipes = evaluate(run)
             results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
             note = f"{np.mean(pipes):.2f} +/- {np.std(pipes):.2f} pipes"
-    return {
+    row = {
         "script": script,
         "env_id": results["env_id"],
         "seed": str(seed),
@@ -99,6 +132,7 @@ def train(script: str, flags: str, seed: int) -> dict:
         "flags": flags,
         "note": note,
     }
+    return row, curve
 
 
 def evaluate(run: Path) -> tuple:
@@ -129,4 +163,4 @@ def evaluate(run: Path) -> tuple:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__.partition("\n")[0])

@@ -333,6 +333,7 @@ def test_it_learns_to_hold_a_target():
 # --- bad input ---
 
 BAD_INPUT = {
+    '--env-id toy_envs:Spaces-v0 --env-kwargs {"action":"matrix","obs":"opaque"}': "cannot be flattened; wrap them",
     "--env-id CartPole-v1": "Discrete(2) are not continuous (Box), see ppo.py",
     "--env-id LunarLander-v3": "Discrete(4) are not continuous (Box), see ppo.py",
     "--num-envs 0": "--num-envs 0: must be finite and > 0",

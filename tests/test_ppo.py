@@ -502,6 +502,7 @@ BAD_INPUT = {
     "--env-id FrozenLake-v1": "Discrete(16) need a table, see q_learning.py",
     '--env-id toy_envs:Spaces-v0 --env-kwargs {"obs":"discrete"}': "Discrete(5) need a table",
     '--env-id toy_envs:Spaces-v0 --env-kwargs {"action":"multibinary"}': "MultiBinary(3) are neither",
+    '--env-id toy_envs:Spaces-v0 --env-kwargs {"obs":"opaque"}': "cannot be flattened; wrap them",
     "--env-kwargs {": "--env-kwargs",
     "--env-kwargs [1]": "--env-kwargs",
     '--env-kwargs {"foo":1}': "unexpected keyword argument 'foo'",

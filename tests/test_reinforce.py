@@ -267,6 +267,7 @@ def test_flappy_bird(seen):
 # --- bad input ---
 
 BAD_INPUT = {
+    '--env-id toy_envs:Spaces-v0 --env-kwargs {"obs":"opaque"}': "cannot be flattened; wrap them",
     "--env-id FrozenLake-v1": "Discrete(16) need a table, see q_learning.py",
     '--env-id toy_envs:Spaces-v0 --env-kwargs {"action":"multibinary"}': "MultiBinary(3) are neither",
     "--baseline mean --num-envs 1": "--num-envs 1",

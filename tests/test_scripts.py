@@ -10,6 +10,7 @@ import json
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb_log import read_wandb
 
 # Bounds of physical and code lines (no blanks, comments, docstrings), a quick way to run each script (with 4 iterations
 # or more), and the steps with which it takes a few seconds.
@@ -32,22 +34,22 @@ PIXELS = """--env-id BreakoutNoFrameskip-v4 --env-kwargs '{"max_num_frames_per_e
 DQN = "--total-timesteps 512 --num-envs 2 --buffer-size 200 --learning-starts 32 --batch-size 4 --train-frequency 16 "
 DQN += "--target-network-frequency 64 --log-interval 100 --save-replay"
 SCRIPTS = {
-    "q_learning": (494, 345, "--total-timesteps 400 --num-steps 50", "2e5"),
-    "reinforce": (567, 388, "--total-timesteps 400 --num-envs 2", "4e4"),
+    "q_learning": (502, 353, "--total-timesteps 400 --num-steps 50", "2e5"),
+    "reinforce": (578, 399, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(616, 428, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
+        *(627, 439, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
         "12800",
     ),
     "ppo": (
-        *(632, 443, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(643, 454, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
     "ppo_atari": (
-        *(616, 431, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(624, 439, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
-    "dqn_atari": (642, 453, f"{PIXELS} {DQN}", "4096"),
-    "ddqn_atari": (646, 454, f"{PIXELS} {DQN}", "4096"),
+    "dqn_atari": (650, 461, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (654, 462, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
@@ -60,6 +62,8 @@ SHARED_ARGS += " eval_deterministic max_eval_steps capture_video track wandb_pro
 SECTIONS = ["config", "environment", "network", "algorithm", "training", "plumbing: the same text in every script"]
 
 PROGRAMS = {**SCRIPTS, "push_to_hub": (426, 331)}
+
+METRIC_GROUPS = ("episode/", "loss/", "train/", "time/", "eval/")
 
 every_script = pytest.mark.parametrize("name", SCRIPTS)
 every_program = pytest.mark.parametrize("name", PROGRAMS)
@@ -264,6 +268,21 @@ def test_commands_in_the_readme_and_the_docstrings_parse():
     assert tested == set(SCRIPTS)
 
 
+def test_the_readmes_own_environment_is_learned(in_empty_folder):
+    """As the README says it: the file beside the script, and its command."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    file, code = re.search(r"This is `(\w+\.py)`.*?```python\n(.*?)```", text, re.DOTALL).groups()
+    (in_empty_folder / file).write_text(code, encoding="utf-8")
+    shutil.copy(ROOT / "ppo.py", in_empty_folder)
+    assert len(code.splitlines()) <= 30
+    (command,) = (line for line in readme_commands() if f"{Path(file).stem}:" in line)
+    process = subprocess.run([sys.executable, *shlex.split(command)[1:]], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    (folder,) = Path("runs").iterdir()
+    length = json.loads(json.loads((folder / "config.json").read_text())["env_kwargs"])["length"]
+    assert mean_reward(folder) == -length  # every step towards the goal
+
+
 # --- a run ---
 
 
@@ -293,10 +312,12 @@ def mean_reward(folder):
     return json.loads((folder / "results.json").read_text())["mean_reward"]
 
 
+def read_events(folder):
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+
+
 def scalars(folder, name):
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
-    return events.Scalars(name)
+    return read_events(folder).Scalars(name)
 
 
 @every_script
@@ -319,8 +340,7 @@ def test_run_folder_has_what_it_promises(name):
 @every_script
 def test_metrics_and_episodes_are_logged(name):
     folder = run(name, "--total-timesteps", "2000")
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
-    events.Reload()
+    events = read_events(folder)
     names = set(events.Tags()["scalars"])
     wanted = {"episode/return", "episode/length", "time/sps", "eval/return_mean", "eval/return_std"}
     assert wanted <= names
@@ -657,8 +677,43 @@ def test_tracking_works_offline_and_keeps_its_id(name, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     folder = run(name, "--track", "--capture-video")
-    run_id = torch.load(folder / "checkpoint.pt", weights_only=True)["wandb_id"]
-    assert list(Path("wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
+    run_id = load(folder)["wandb_id"]
+    (tracked,) = Path("wandb").glob(f"offline-run-*-{run_id}")
+    logged = read_wandb(tracked)
+    assert load(folder)["config"].items() <= logged["config"].items()
+    assert logged["metrics"] == {"*": "global_step"}
+    assert logged["code"] == [(f"{name}.py", (ROOT / f"{name}.py").stat().st_size)]
+    assert logged["exit_code"] == 0
+    curves, videos = {}, []
+    for row in logged["history"]:
+        videos += [(row["global_step"], row["eval/video/size"])] if "eval/video/size" in row else []
+        for metric in row:
+            if metric.startswith(METRIC_GROUPS) and not metric.startswith("eval/video"):
+                curves.setdefault(metric, []).append((row["global_step"], pytest.approx(row[metric], nan_ok=True)))
+    events = read_events(folder)
+    assert set(curves) == set(events.Tags()["scalars"])
+    for metric, curve in curves.items():
+        assert [(event.step, event.value) for event in events.Scalars(metric)] == curve
+    steps = [event.step for event in events.Scalars("eval/return_mean")]
+    assert videos == [(step, (folder / f"step-{step}.mp4").stat().st_size) for step in steps]
+    assert logged["summary"]["eval/return_mean"] == mean_reward(folder)
+
     module = importlib.import_module(name)
     module.train(module.parse_args(["--resume", str(folder)]))
-    assert torch.load(folder / "checkpoint.pt", weights_only=True)["wandb_id"] == run_id
+    assert load(folder)["wandb_id"] == run_id
+
+
+def test_tracking_without_an_account_is_refused(start, monkeypatch, in_empty_folder):
+    """In one line, and before anything is written."""
+    pytest.importorskip("wandb")
+    for variable in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("HOME", str(in_empty_folder))
+    monkeypatch.setenv("NETRC", str(in_empty_folder / "none"))
+    process = start("ppo.py", "--track", *flags_of("ppo"))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert errors.startswith("ppo.py: error: --track: ")
+    assert "WANDB_MODE=offline" in errors
+    assert errors.count("\n") == 1
+    assert not Path("runs").exists()

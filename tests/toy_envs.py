@@ -54,6 +54,7 @@ class Spaces(gym.Env):
     def __init__(self, obs="dict", action="shifted"):
         self.observation_space = {
             "dict": Dict(a=Box(0, 1, (2, 3), np.float64), b=Discrete(3)),
+            "opaque": Dict(a=Box(0, 1, (2,), np.float32), b=gym.Space()),
             "tuple": Tuple((Box(0, 1, (2,), np.float32), Discrete(3))),
             "image": Box(0, 255, (4, 4, 3), np.uint8),
             "float64": Box(0, 1, (3,), np.float64),
