@@ -41,6 +41,7 @@ import sys
 import time
 import warnings
 from collections import deque
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib import metadata
@@ -116,10 +117,10 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         if not isinstance(env.action_space, (Box, Discrete)):
             refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
         if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
-            try:
+            with suppress(NotImplementedError):  # of a space that is not gymnasium's own
                 env = gym.wrappers.FlattenObservation(env)
-            except NotImplementedError:  # by the space itself, of text for instance
-                refuse(f"--env-id {args.env_id}: observations {env.observation_space} cannot be flattened; wrap them")
+        if not isinstance(env.observation_space, Box):
+            refuse(f"--env-id {args.env_id}: observations {env.observation_space} cannot be flattened; wrap them")
         if env.observation_space.dtype != np.float32:
             env = gym.wrappers.DtypeObservation(env, np.float32)
         return env

@@ -1,6 +1,6 @@
 """Puts films side by side into one small GIF, as the README shows it.
 
-python benchmarks/replays.py hub/*/replay.mp4 --out docs/replays.gif
+python benchmarks/replays.py hub/ppo-LunarLander-v3/replay.mp4 hub/ppo-CartPole-v1/replay.mp4 --out docs/replays.gif
 """
 
 from pathlib import Path

@@ -1,9 +1,9 @@
 """Trains every row of TABLE, seed after seed: benchmarks/scores.csv has the scores, curves.csv the way there.
 
-What is in both is skipped, so it can be stopped and started again.
+What is there is skipped, so it can be stopped and started again.
 
     python benchmarks/scores.py
-    python benchmarks/scores.py --only "ppo CartPole"    # the rows with all of these words in script and flags
+    python benchmarks/scores.py --only "ppo CartPole" --redo    # the rows with all of these words in script and flags
 """
 
 import csv
@@ -56,23 +56,24 @@ SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
 
 
-def main(only: str = ""):
+def main(only: str = "", redo: bool = False):
     """Train what is not in the files yet.
 
     Args:
         only: words that script and flags have to contain.
+        redo: train also what is in them.
     """
-    scores, curves = {key(row): row for row in read(SCORES)}, {}
-    for row in read(CURVES):
-        curves.setdefault(key(row), []).append(row)
     for script, flags, seeds in TABLE:
         for seed in range(1, seeds + 1):
             task = (script, flags, str(seed))
-            if all(word in f"{script} {flags}" for word in only.split()) and not (task in scores and task in curves):
-                scores[task], curves[task] = train(script, flags, seed)
-                print(scores[task], flush=True)
-                write(SCORES, scores.values())
-                write(CURVES, [row for rows in curves.values() for row in rows])
+            wanted = all(word in f"{script} {flags}" for word in only.split())
+            if wanted and (redo or task not in map(key, read(SCORES))):
+                row, curve = train(script, flags, seed)
+                print(row, flush=True)
+                write(
+                    SCORES, [row], [old for old in read(SCORES) if key(old) != task]
+                )  # read now: others may write too
+                write(CURVES, curve, [old for old in read(CURVES) if key(old) != task])
 
 
 def key(row: dict) -> tuple:
@@ -85,13 +86,13 @@ def read(path: Path) -> list:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
-def write(path: Path, rows):
-    """The rows as CSV; a file that was there stays whole until this one is."""
-    rows, unfinished = list(rows), path.with_suffix(".tmp")
+def write(path: Path, new: list, old: list):
+    """Old and new rows as CSV; a file that was there stays whole until this one is."""
+    unfinished = path.with_suffix(f".{os.getpid()}")
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1], restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, new[0], restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*old, *new])
     unfinished.replace(path)
 
 

@@ -35,13 +35,13 @@ DQN = "--total-timesteps 512 --num-envs 2 --buffer-size 200 --learning-starts 32
 DQN += "--target-network-frequency 64 --log-interval 100 --save-replay"
 SCRIPTS = {
     "q_learning": (502, 353, "--total-timesteps 400 --num-steps 50", "2e5"),
-    "reinforce": (578, 399, "--total-timesteps 400 --num-envs 2", "4e4"),
+    "reinforce": (579, 400, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(627, 439, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
+        *(628, 440, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
         "12800",
     ),
     "ppo": (
-        *(643, 454, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(644, 455, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
     "ppo_atari": (
@@ -708,7 +708,8 @@ def test_tracking_without_an_account_is_refused(start, monkeypatch, in_empty_fol
     pytest.importorskip("wandb")
     for variable in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setenv("HOME", str(in_empty_folder))
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(in_empty_folder))
     monkeypatch.setenv("NETRC", str(in_empty_folder / "none"))
     process = start("ppo.py", "--track", *flags_of("ppo"))
     _, errors = process.communicate(timeout=100)
