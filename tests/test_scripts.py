@@ -283,6 +283,18 @@ def test_the_readmes_own_environment_is_learned(in_empty_folder):
     assert mean_reward(folder) == -length  # every step towards the goal
 
 
+def test_the_readmes_wrapped_environment_is_learned(in_empty_folder):
+    pytest.importorskip("minigrid")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"This is `grid.py`.*?```python\n(.*?)```", text, re.DOTALL)[1]
+    (in_empty_folder / "grid.py").write_text(code, encoding="utf-8")
+    shutil.copy(ROOT / "ppo.py", in_empty_folder)
+    (command,) = (line for line in readme_commands() if "grid:" in line)
+    subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True, capture_output=True)
+    (folder,) = Path("runs").iterdir()
+    assert mean_reward(folder) > 0.9  # of at most 0.96, for the shortest way
+
+
 # --- a run ---
 
 

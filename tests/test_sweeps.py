@@ -223,11 +223,7 @@ def test_search_stops_what_falls_behind(monkeypatch, tmp_path):
         "for step, value in enumerate([3, 4]):\n    writer.add_scalar('eval/return_mean', value, step * 1000)\n"
         "writer.flush()\ntime.sleep(100)\n"
     )
-    args, command, began = (
-        importlib.import_module("ppo").Args(total_timesteps=20_000),
-        [sys.executable, script],
-        time.time(),
-    )
+    args, began = importlib.import_module("ppo").Args(total_timesteps=20_000), time.time()
     with pytest.raises(optuna.TrialPruned, match="at 4.00 after 1000 steps"):
         optuna_sweep.run_trial(study.ask(), [sys.executable, script], tmp_path, "eval/return_mean", args, True)
     assert time.time() - began < 90  # it was terminated
