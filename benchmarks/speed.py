@@ -7,6 +7,7 @@ two, the better of a round counts; from pixels with all cores, as we do (one thr
     python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/speed.csv
     python benchmarks/speed.py --only atari --rounds 3
     python benchmarks/speed.py --solve             # time until LunarLander is solved: benchmarks/solve.csv
+    python benchmarks/speed.py --memory            # peak memory with replays written full: benchmarks/memory.csv
 """
 
 import csv
@@ -133,6 +134,35 @@ def measure_ceiling(task: str) -> int:
     return steps
 
 
+def memory_child(buffer_size: int):
+    """Fill a replay of dqn_atari.py, learn for a few more steps, and print the process's peak memory as JSON."""
+    import dqn_atari
+
+    flags = f"--buffer-size {buffer_size} --learning-starts {buffer_size - 1000} --total-timesteps {buffer_size + 2000}"
+    flags += " --num-envs 50 --num-checkpoints 1 --eval-episodes 10 --max-eval-steps 1000"
+    dqn_atari.train(dqn_atari.parse_args(flags.split()))
+    print("RESULT", json.dumps({"peak_memory_mib": peak_memory()}))
+
+
+def memory():
+    """Peak memory over the size of the replay; writes benchmarks/memory.csv after each."""
+    rows = []
+    for buffer_size in (10_000, 100_000, 300_000, 1_000_000):
+        result = run_child("--child", "--memory", "--buffer-size", buffer_size)
+        rows.append({"task": "dqn_atari Breakout, replay written full", "buffer_size": buffer_size} | result)
+        print(rows[-1], flush=True)
+        write(HERE / "memory.csv", rows)
+
+
+def peak_memory() -> int | None:
+    """The most memory in MiB that this process has held, where the system tells."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "linux" else 1024**2)
+
+
 def child(task: str, contender: str, threads: int):
     """Measure one contender and print the result as JSON. Imports are not timed, all else is."""
     import torch
@@ -144,12 +174,7 @@ def child(task: str, contender: str, threads: int):
     start = time.perf_counter()
     steps = measure(task)
     seconds = time.perf_counter() - start
-    memory = None
-    if sys.platform != "win32":
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024  # KiB on Linux
-    print("RESULT", json.dumps({"steps_per_second": round(steps / seconds), "peak_memory_mib": memory}))
+    print("RESULT", json.dumps({"steps_per_second": round(steps / seconds), "peak_memory_mib": peak_memory()}))
 
 
 def run_child(*words) -> dict:
@@ -293,20 +318,26 @@ class Options:
     only: str = ""  # measure the tasks whose names contain this; the CSV keeps the others
     solve: bool = False  # measure the time to solve LunarLander instead
     seeds: int = 3  # seeds of --solve
+    memory: bool = False  # measure the memory of replays instead
     child: bool = False  # (internal) measure one contender
     task: str = "ppo LunarLander-v3, 16 envs"  # (internal) what to measure
     contender: str = "ours"  # (internal) ours, sb3 or ceiling
     threads: int = 1  # (internal) CPU threads of torch
     seed: int = 1  # (internal) seed of one run of --solve
+    buffer_size: int = 10_000  # (internal) size of one replay of --memory
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__.partition("\n")[0])
     if options.child and options.solve:
         solve_child(options.contender, options.seed)
+    elif options.child and options.memory:
+        memory_child(options.buffer_size)
     elif options.child:
         child(options.task, options.contender, options.threads)
     elif options.solve:
         solve(options.seeds)
+    elif options.memory:
+        memory()
     else:
         speed(options.rounds, options.only)
