@@ -56,24 +56,25 @@ SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
 
 
-def main(only: str = "", redo: bool = False):
-    """Train what is not in the files yet.
+def main(only: str = "", curves: bool = False, redo: bool = False):
+    """Train what is not in scores.csv yet.
 
     Args:
         only: words that script and flags have to contain.
-        redo: train also what is in them.
+        curves: train also what is not in curves.csv; a score that comes out the same stays as it was measured.
+        redo: train everything.
     """
     for script, flags, seeds in TABLE:
         for seed in range(1, seeds + 1):
             task = (script, flags, str(seed))
-            wanted = all(word in f"{script} {flags}" for word in only.split())
-            if wanted and (redo or task not in map(key, read(SCORES))):
+            scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
+            wanted = redo or not scored or (curves and not drawn)
+            if wanted and all(word in f"{script} {flags}" for word in only.split()):
                 row, curve = train(script, flags, seed)
                 print(row, flush=True)
-                write(
-                    SCORES, [row], [old for old in read(SCORES) if key(old) != task]
-                )  # read now: others may write too
-                write(CURVES, curve, [old for old in read(CURVES) if key(old) != task])
+                old = [old for old in read(SCORES) if key(old) == task and float(old["mean"]) == row["mean"]]
+                replace(SCORES, task, [row] if redo or not old else old)
+                replace(CURVES, task, curve)
 
 
 def key(row: dict) -> tuple:
@@ -86,14 +87,21 @@ def read(path: Path) -> list:
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
-def write(path: Path, new: list, old: list):
-    """Old and new rows as CSV; a file that was there stays whole until this one is."""
+def replace(path: Path, task: tuple, rows: list):
+    """Put the rows of a task into a CSV file, which stays whole until the new one is; read anew, others write too."""
     unfinished = path.with_suffix(f".{os.getpid()}")
+    kept = [row for row in read(path) if key(row) != task]
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, new[0], restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, rows[0], restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*old, *new])
+        writer.writerows(sorted([*kept, *rows], key=position))
     unfinished.replace(path)
+
+
+def position(row: dict) -> int:
+    """Where the row's task is in the table, so that the files are in its order whatever was trained first."""
+    tasks = [task[:2] for task in TABLE]
+    return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
 
 
 def train(script: str, flags: str, seed: int) -> tuple:
