@@ -51,6 +51,8 @@ TABLE = [
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
+    ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 "
+     "--train-frequency 2", 1),
 ]  # fmt: skip
 SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
