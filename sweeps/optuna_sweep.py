@@ -115,7 +115,7 @@ def run_trial(trial, command: list[str], folder: Path, metric: str, args, prune:
 
     Raises optuna.TrialPruned where it is not worth going on, and RuntimeError where the script fails.
     """
-    seen, events = [], None
+    seen, progress, events = [], -1, None
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
@@ -128,8 +128,9 @@ def run_trial(trial, command: list[str], folder: Path, metric: str, args, prune:
             if events and metric in events.Reload().Tags()["scalars"]:
                 new = events.Scalars(metric)[len(seen) :]
                 for event in new:  # counted in checkpoints, which come at slightly different steps in other trials
-                    progress = round(args.num_checkpoints * event.step / args.total_timesteps)
-                    trial.report(event.value, progress)
+                    before, progress = progress, round(args.num_checkpoints * event.step / args.total_timesteps)
+                    if progress > before:
+                        trial.report(event.value, progress)
                 seen += new
                 if prune and new and progress < args.num_checkpoints and trial.should_prune():
                     raise optuna.TrialPruned(f"at {seen[-1].value:.2f} after {seen[-1].step} steps")
