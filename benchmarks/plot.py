@@ -1,13 +1,14 @@
-"""Draws benchmarks/curves.csv into docs/curves.png: how the evaluations of each task rise over its steps.
+"""Draws what was measured into docs/: curves.png, how the evaluations of each task rise over its steps; speed.png,
+how much faster than Stable-Baselines3; scaling.png, speed over environments and memory over the size of the replay.
 
 python benchmarks/plot.py
 """
 
-import sys
+from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
-from scores import CURVES, ROOT, SCORES, TABLE, key, read
+from scores import CURVES, HERE, ROOT, SCORES, TABLE, key, read
 
 # script and a part of its flags: the score to compare with, and whose it is; the first that fits counts
 REFERENCES = [
@@ -29,6 +30,8 @@ REFERENCES = [
     ("ppo", "", 242, "RL Zoo, 1 M steps"),
     ("ppo_atari", "Pong", 21.0, "RL Zoo, 10 M steps"),
     ("dqn_atari", "Pong", 20.6, "RL Zoo, 10 M steps"),
+    ("dqn_atari", "SpaceInvaders", 623, "RL Zoo, 10 M steps"),
+    ("ddqn_atari", "", None, None),
 ]
 COLOR, REFERENCE_COLOR = "#1f4e79", "#b5541c"
 
@@ -45,7 +48,7 @@ def panels() -> dict:
     return found
 
 
-def draw(found: dict):
+def draw_curves(found: dict):
     """A panel a task: the mean over the seeds, between the worst and the best of them."""
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
@@ -69,5 +72,64 @@ def draw(found: dict):
     figure.savefig(ROOT / "docs" / "curves.png", dpi=100)
 
 
+def ratios() -> dict:
+    """How many times as fast as Stable-Baselines3 each task was, one ratio a round."""
+    rates, found = {}, {}
+    for row in read(HERE / "speed.csv"):
+        best = rates.setdefault((row["task"], row["round"]), {})
+        best[row["contender"]] = max(best.get(row["contender"], 0), int(row["steps_per_second"]))
+    for (task, _), best in rates.items():
+        if "sb3" in best:
+            found.setdefault(task, []).append(best["ours"] / best["sb3"])
+    return found
+
+
+def draw_speed(found: dict):
+    """A bar a task as long as the median ratio, with the range of the rounds."""
+    axis = (figure := Figure(figsize=(8, 0.6 + 0.45 * len(found)), layout="constrained")).subplots()
+    middle = {task: median(rounds) for task, rounds in sorted(found.items(), key=lambda item: median(item[1]))}
+    reach = [(middle[task] - min(found[task]), max(found[task]) - middle[task]) for task in middle]
+    axis.barh(list(middle), middle.values(), xerr=np.transpose(reach), color=COLOR, ecolor="#888888")
+    for line, ratio in enumerate(middle.values()):
+        axis.text(0.05, line, f"{ratio:.2f}", color="white", va="center")
+    axis.axvline(1, color=REFERENCE_COLOR, linestyle="--", linewidth=1)
+    axis.set(xlabel="steps per second, as a multiple of Stable-Baselines3's", xlim=(0, None))
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "speed.png", dpi=100)
+
+
+def draw_scaling(rates: list, memory: list):
+    """Steps per second over the number of environments, a panel a script, and memory over the size of the replay."""
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    *axes, last = figure.subplots(1, 3)
+    for axis, script in zip(axes, ("ppo", "ppo_atari")):
+        for contender, label, style in (("ours", "training", "-"), ("ceiling", "random actions", "--")):
+            rounds = {}
+            for row in rates:
+                if (row["script"], row["contender"]) == (script, contender):
+                    rounds.setdefault(int(row["num_envs"]), []).append(int(row["steps_per_second"]))
+            color = COLOR if contender == "ours" else REFERENCE_COLOR
+            axis.loglog(list(rounds), [median(x) for x in rounds.values()], style, color=color, marker="o", label=label)
+            axis.fill_between(list(rounds), *zip(*((min(x), max(x)) for x in rounds.values())), color=color, alpha=0.15)
+        axis.set(title=f"{script}.py", xlabel="environments", ylabel="steps per second")
+        axis.set_xticks(list(rounds), map(str, rounds), minor=False)
+        axis.legend(frameon=False)
+    sizes = [int(row["buffer_size"]) / 1e6 for row in memory]
+    last.plot(sizes, [int(row["peak_memory_mib"]) / 1024 for row in memory], color=COLOR, marker="o")
+    last.set(title="dqn_atari.py", xlabel="million steps in the replay", ylabel="peak memory, GiB")
+    last.set(xlim=(0, None), ylim=(0, None))
+    for axis in (*axes, last):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs" / "scaling.png", dpi=100)
+
+
+def main():
+    """Draw all of it."""
+    draw_curves(panels())
+    draw_speed(ratios())
+    if rates := read(HERE / "scaling.csv"):
+        draw_scaling(rates, read(HERE / "memory.csv"))
+
+
 if __name__ == "__main__":
-    draw(panels() or sys.exit(f"{CURVES} is empty: python benchmarks/scores.py"))
+    main()

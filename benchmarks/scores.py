@@ -1,6 +1,7 @@
 """Trains every row of TABLE, seed after seed: benchmarks/scores.csv has the scores, curves.csv the way there.
 
-What is there is skipped, so it can be stopped and started again.
+What is there is skipped, and a run that was stopped goes on from its last checkpoint, so this can be stopped at any
+time, in whatever way, and started again. The runs stay in runs/scores.
 
     python benchmarks/scores.py
     python benchmarks/scores.py --only "ppo CartPole" --redo    # the rows with all of these words in script and flags
@@ -10,17 +11,19 @@ import csv
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from zlib import crc32
 
 import gymnasium as gym
 import numpy as np
 import tyro
 from speed import HERE, ROOT, cpu_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 sys.path.insert(0, str(ROOT))
 import push_to_hub  # noqa: E402
@@ -53,6 +56,10 @@ TABLE = [
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
     ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 "
      "--train-frequency 2", 1),
+    ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
+     "--learning-starts 10000 --num-threads 1", 1),
+    ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
+     "--learning-starts 10000 --num-threads 1", 1),
 ]  # fmt: skip
 SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
@@ -72,7 +79,10 @@ def main(only: str = "", curves: bool = False, redo: bool = False):
             scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
             wanted = redo or not scored or (curves and not drawn)
             if wanted and all(word in f"{script} {flags}" for word in only.split()):
-                row, curve = train(script, flags, seed)
+                if redo:
+                    shutil.rmtree(run_folder(script, flags, seed), ignore_errors=True)
+                run = train(script, flags, seed, [str(ROOT / f"{script}.py")])
+                row, curve = collect(script, flags, seed, *run)
                 print(row, flush=True)
                 old = [old for old in read(SCORES) if key(old) == task and float(old["mean"]) == row["mean"]]
                 replace(SCORES, task, [row] if redo or not old else old)
@@ -106,27 +116,53 @@ def position(row: dict) -> int:
     return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
 
 
-def train(script: str, flags: str, seed: int) -> tuple:
-    """Train one agent as a user would; the row of its score and those of its evaluations on the way."""
-    with TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / f"{script}.py"), *shlex.split(flags), "--seed", str(seed)]
-        start = time.perf_counter()
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        seconds = time.perf_counter() - start
-        (run,) = Path(folder, "runs").iterdir()
-        results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
-        events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-        task = {"script": script, "flags": flags, "seed": str(seed)}
-        curve = [task | {"step": e.step, "return": round(e.value, 4)} for e in events.Scalars("eval/return_mean")]
-        note = ""
-        if results["env_id"] == "Taxi-v4":
-            returns, _ = evaluate(run)
-            note = "on the 100 seeds of the Deep RL Course"
-            results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
-        if "FlappyBird" in results["env_id"]:
-            returns, pipes = evaluate(run)
-            results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
-            note = f"{np.mean(pipes):.2f} +/- {np.std(pipes):.2f} pipes"
+def run_folder(script: str, flags: str, seed: int) -> Path:
+    """The working directory of a task's run."""
+    return ROOT / "runs" / "scores" / f"{script}-{crc32(flags.encode()):08x}-{seed}"
+
+
+def train(script: str, flags: str, seed: int, program: list) -> tuple:
+    """Train one agent as a user would, by `program` and its flags, or go on with it where it was stopped.
+
+    Returns the run's folder and its wall time in seconds over all sittings.
+    """
+    (folder := run_folder(script, flags, seed)).mkdir(parents=True, exist_ok=True)
+    for run in folder.glob("runs/*"):
+        if not (run / "checkpoint.pt").exists():  # stopped before its first
+            shutil.rmtree(run)
+    words = [*shlex.split(flags), "--seed", str(seed)]
+    before, start = 0.0, time.perf_counter()
+    for run in folder.glob("runs/*"):
+        if (run / "results.json").exists():
+            return run, wall_time(run)
+        words, before = ["--resume", str(run)], wall_time(run)
+    subprocess.run([sys.executable, *program, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    (run,) = folder.glob("runs/*")
+    return run, before + time.perf_counter() - start
+
+
+def wall_time(run: Path) -> float:
+    """The seconds from the first to the last entry of the logs, of which each sitting writes one."""
+    times = [[event.wall_time for event in EventFileLoader(str(log)).Load()] for log in run.glob("events.*")]
+    return sum(max(sitting) - min(sitting) for sitting in times)
+
+
+def collect(script: str, flags: str, seed: int, run: Path, seconds: float) -> tuple:
+    """The row of a finished run's score and those of its evaluations on the way."""
+    results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    task = {"script": script, "flags": flags, "seed": str(seed)}
+    means = {event.step: event.value for event in events.Scalars("eval/return_mean")}  # a sitting repeats the last one
+    curve = [task | {"step": step, "return": round(mean, 4)} for step, mean in means.items()]
+    note = ""
+    if results["env_id"] == "Taxi-v4":
+        returns, _ = evaluate(run)
+        note = "on the 100 seeds of the Deep RL Course"
+        results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
+    if "FlappyBird" in results["env_id"]:
+        returns, pipes = evaluate(run)
+        results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
+        note = f"{np.mean(pipes):.2f} +/- {np.std(pipes):.2f} pipes"
     row = {
         "script": script,
         "env_id": results["env_id"],

@@ -6,7 +6,8 @@ two, the better of a round counts; from pixels with all cores, as we do (one thr
 
     python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/speed.csv
     python benchmarks/speed.py --only atari --rounds 3
-    python benchmarks/speed.py --solve             # time until LunarLander is solved: benchmarks/solve.csv
+    python benchmarks/speed.py --scaling           # over the number of environments: benchmarks/scaling.csv
+    python benchmarks/speed.py --solve             # time until a task is solved: benchmarks/solve.csv
     python benchmarks/speed.py --memory            # peak memory with replays written full: benchmarks/memory.csv
 """
 
@@ -56,6 +57,7 @@ TASKS = {
         "A2C",
         {},  # its defaults; they log every 100 updates too
     ),
+    "reinforce CartPole-v1, 8 envs": ("reinforce", 200_000, "", None, None),  # which is not in Stable-Baselines3
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
         40_960,
@@ -80,8 +82,40 @@ TASKS = {
         {"n_envs": 16, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 1}
         | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "gradient_steps": 4},
     ),
-    "q_learning FrozenLake-v1": ("q_learning", 1_000_000, "", None, None),  # which is not in Stable-Baselines3
+    "ddqn_atari Breakout": (  # not in Stable-Baselines3 either
+        "ddqn_atari",
+        16_000,
+        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
+        None,
+        None,
+    ),
+    "q_learning FrozenLake-v1": ("q_learning", 1_000_000, "", None, None),
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
+}
+
+
+# script: steps of an iteration, however many environments share them
+SCALING = {"ppo": 16_384, "ppo_atari": 1024}
+NUM_ENVS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# task: our flags, the return that solves it, Stable-Baselines3's steps between evaluations and in all, RL Zoo's recipe
+SOLVE = {
+    "LunarLander-v3": (
+        "",
+        200,
+        32_768,
+        2_000_000,
+        {"n_envs": 16} | TASKS["ppo LunarLander-v3, 16 envs"][4],
+    ),
+    "CartPole-v1": (
+        "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
+        "--gamma 0.98 --ent-coef 0",
+        500,
+        5_120,
+        100_000,
+        {"n_envs": 8, "n_steps": 32, "batch_size": 256, "n_epochs": 20, "gamma": 0.98, "gae_lambda": 0.8}
+        | {"learning_rate": lambda left: 1e-3 * left, "clip_range": lambda left: 0.2 * left},
+    ),
 }
 
 
@@ -132,6 +166,45 @@ def measure_ceiling(task: str) -> int:
     for i in range(steps // args.num_envs):
         envs.step(actions[i % 100])
     return steps
+
+
+def scaling_child(script: str, contender: str, num_envs: int):
+    """Steps per second once all is loaded, of two iterations or of as many random steps, as JSON."""
+    import torch
+
+    module, batch_size = importlib.import_module(script), SCALING[script]
+    flags = f"--num-envs {num_envs} --num-steps {batch_size // num_envs} --total-timesteps {3 * batch_size}"
+    flags += " --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100"
+    args = module.parse_args(flags.split())
+    if contender == "ours":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        rates = [event.value for event in EventAccumulator(str(module.train(args))).Reload().Scalars("time/sps")]
+        result = 2 / (1 / rates[1] + 1 / rates[2])  # the first one warms up
+    else:
+        torch.set_num_threads(args.num_threads)
+        envs = module.make_envs(args, num_envs)
+        envs.reset(seed=1)
+        actions = [envs.action_space.sample() for _ in range(100)]
+        start, vector_steps = time.perf_counter(), 2 * batch_size // num_envs
+        for i in range(vector_steps):
+            envs.step(actions[i % 100])
+        result = vector_steps * num_envs / (time.perf_counter() - start)
+    print("RESULT", json.dumps({"steps_per_second": round(result)}))
+
+
+def scaling(rounds: int, only: str):
+    """Steps per second over the number of environments, interleaved; writes benchmarks/scaling.csv after each."""
+    rows, scripts = [], [script for script in SCALING if only in script]
+    for round_number in range(1, rounds + 1):
+        for script in scripts:
+            for num_envs in NUM_ENVS:
+                for contender in ("ours", "ceiling"):
+                    task = {"script": script, "num_envs": num_envs, "contender": contender, "round": round_number}
+                    words = ("--script", script, "--contender", contender, "--num-envs", num_envs)
+                    rows.append(task | run_child("--child", "--scaling", *words))
+                    print(rows[-1], flush=True)
+    write(HERE / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
 
 
 def memory_child(buffer_size: int):
@@ -225,8 +298,8 @@ def summary(rates: list) -> str:
     return f"{median(rates):,.0f} [{min(rates):,} to {max(rates):,}]"
 
 
-def solve_ours(seed: int, solved) -> None:
-    """The script's default run: its evaluations of 10 episodes at each checkpoint go to `solved`."""
+def solve_ours(env_id: str, seed: int, solved) -> None:
+    """The README's command: its evaluations of 10 episodes at each checkpoint go to `solved`."""
     import ppo
 
     evaluate = ppo.evaluate
@@ -237,32 +310,33 @@ def solve_ours(seed: int, solved) -> None:
         return returns
 
     ppo.evaluate = reported_evaluate
-    ppo.train(ppo.parse_args(["--seed", str(seed)]))
+    ppo.train(ppo.parse_args([*SOLVE[env_id][0].split(), "--seed", str(seed)]))
 
 
-def solve_sb3(seed: int, solved) -> None:
+def solve_sb3(env_id: str, seed: int, solved) -> None:
     """Stable-Baselines3 with RL Zoo's recipe, evaluated at the same pace in the same way."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
     from stable_baselines3.common.evaluation import evaluate_policy
 
+    _, _, interval, steps, recipe = SOLVE[env_id]
+
     class Evaluate(BaseCallback):
         def _on_step(self):
             return True
 
         def _on_rollout_start(self):
-            if self.num_timesteps % 32_768 == 0:
+            if self.num_timesteps % interval == 0:
                 solved(evaluate_policy(self.model, evaluation_envs, n_eval_episodes=10)[0])
 
-    evaluation_envs = make_vec_env("LunarLander-v3", n_envs=10, seed=1000 + seed)
-    envs = make_vec_env("LunarLander-v3", n_envs=16, seed=seed)
-    recipe = TASKS["ppo LunarLander-v3, 16 envs"][4]
-    PPO("MlpPolicy", envs, device="cpu", seed=seed, **recipe).learn(2_000_000, callback=Evaluate())
+    evaluation_envs = make_vec_env(env_id, n_envs=10, seed=1000 + seed)
+    envs = make_vec_env(env_id, n_envs=recipe.pop("n_envs"), seed=seed)
+    PPO("MlpPolicy", envs, device="cpu", seed=seed, **recipe).learn(steps, callback=Evaluate())
 
 
-def solve_child(contender: str, seed: int):
-    """Train until two evaluations in a row average 200 and print the time that took as JSON."""
+def solve_child(env_id: str, contender: str, seed: int):
+    """Train until two evaluations in a row reach the bound on average and print the time that took as JSON."""
     import torch
 
     torch.set_num_threads(1)
@@ -272,26 +346,28 @@ def solve_child(contender: str, seed: int):
     def solved(mean):
         means.append(float(mean))
         print(f"{time.perf_counter() - start:.1f} s: {mean:.1f}", file=sys.stderr)
-        if sum(means[-2:]) >= 400:
+        if sum(means[-2:]) >= 2 * SOLVE[env_id][1]:
             raise StopIteration
 
     seconds = None
     try:
-        {"ours": solve_ours, "sb3": solve_sb3}[contender](seed, solved)
+        {"ours": solve_ours, "sb3": solve_sb3}[contender](env_id, seed, solved)
     except StopIteration:
         seconds = round(time.perf_counter() - start, 1)
     print("RESULT", json.dumps({"evaluations": len(means), "seconds": seconds}))
 
 
-def solve(seeds: int):
-    """Time until LunarLander is solved, side by side; writes benchmarks/solve.csv after each run."""
-    rows = []
+def solve(seeds: int, only: str):
+    """Time until a task is solved, side by side; writes benchmarks/solve.csv after each run."""
+    rows, tasks = [], [env_id for env_id in SOLVE if only in env_id]
     for seed in range(1, seeds + 1):
-        for contender in ("ours", "sb3"):
-            result = run_child("--child", "--solve", "--contender", contender, "--seed", seed)
-            rows.append({"contender": contender, "seed": seed} | result)
-            print(rows[-1], flush=True)
-            write(HERE / "solve.csv", rows)
+        for env_id in tasks:
+            for contender in ("ours", "sb3"):
+                words = ("--env-id", env_id, "--contender", contender, "--seed", seed)
+                result = run_child("--child", "--solve", *words)
+                rows.append({"task": env_id, "contender": contender, "seed": seed} | result)
+                print(rows[-1], flush=True)
+    write(HERE / "solve.csv", rows, keep=lambda row: row["task"] not in tasks)
 
 
 def write(path: Path, rows: list, keep=lambda row: False):
@@ -316,27 +392,35 @@ def cpu_name() -> str:
 class Options:
     rounds: int = 7  # how often each contender is measured
     only: str = ""  # measure the tasks whose names contain this; the CSV keeps the others
-    solve: bool = False  # measure the time to solve LunarLander instead
+    scaling: bool = False  # measure over the number of environments instead
+    solve: bool = False  # measure the time to solve a task instead
     seeds: int = 3  # seeds of --solve
     memory: bool = False  # measure the memory of replays instead
     child: bool = False  # (internal) measure one contender
     task: str = "ppo LunarLander-v3, 16 envs"  # (internal) what to measure
     contender: str = "ours"  # (internal) ours, sb3 or ceiling
     threads: int = 1  # (internal) CPU threads of torch
-    seed: int = 1  # (internal) seed of one run of --solve
+    env_id: str = "CartPole-v1"  # (internal) task of one run of --solve
+    seed: int = 1  # (internal) its seed
+    script: str = "ppo"  # (internal) of one run of --scaling
+    num_envs: int = 1  # (internal) its environments
     buffer_size: int = 10_000  # (internal) size of one replay of --memory
 
 
 if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__.partition("\n")[0])
     if options.child and options.solve:
-        solve_child(options.contender, options.seed)
+        solve_child(options.env_id, options.contender, options.seed)
+    elif options.child and options.scaling:
+        scaling_child(options.script, options.contender, options.num_envs)
     elif options.child and options.memory:
         memory_child(options.buffer_size)
     elif options.child:
         child(options.task, options.contender, options.threads)
+    elif options.scaling:
+        scaling(options.rounds, options.only)
     elif options.solve:
-        solve(options.seeds)
+        solve(options.seeds, options.only)
     elif options.memory:
         memory()
     else:

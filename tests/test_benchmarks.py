@@ -1,0 +1,129 @@
+"""Tests of benchmarks/: the runs behind the scores, and that the README says what the CSV files say."""
+
+import sys
+from pathlib import Path
+from statistics import median
+from subprocess import CalledProcessError
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import overestimation  # noqa: E402
+import plot  # noqa: E402
+import scores  # noqa: E402
+import speed  # noqa: E402
+
+README = (ROOT / "README.md").read_text().replace("−", "-")
+TASK = ("q_learning", "--total-timesteps 40000 --num-checkpoints 4 --eval-episodes 50", 1)
+PROGRAM = [str(ROOT / "q_learning.py")]
+KILLED_AT_20000 = """
+import os, sys
+import q_learning
+
+class Run(q_learning.Run):
+    def cut(self, envs):
+        return super().cut(envs) if self.step < 20000 else os._exit(9)
+
+q_learning.Run = Run
+q_learning.train(q_learning.parse_args(sys.argv[1:]))
+"""
+
+
+def test_killed_score_goes_on_where_it_was_and_comes_out_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setattr(scores, "ROOT", tmp_path / "whole")
+    whole = scores.collect(*TASK, *scores.train(*TASK, PROGRAM))
+    monkeypatch.setattr(scores, "ROOT", tmp_path / "killed")
+    Path("killed.py").write_text(KILLED_AT_20000)
+    (scores.run_folder(*TASK) / "runs" / "stopped-at-once").mkdir(parents=True)
+    with pytest.raises(CalledProcessError):
+        scores.train(*TASK, [str(tmp_path / "killed.py")])
+    run, seconds = scores.train(*TASK, PROGRAM)
+    killed = scores.collect(*TASK, run, seconds)
+    assert killed[1] == whole[1] and len(killed[1]) == 5
+    assert killed[0] | {"seconds": 0} == whole[0] | {"seconds": 0}
+    assert len(list(run.glob("events.*"))) == 2
+    assert seconds > scores.wall_time(run) > 0
+    assert scores.train(*TASK, ["not started again"]) == (run, scores.wall_time(run))
+
+
+def test_scores_are_kept_in_the_order_of_the_table(tmp_path):
+    path, (script, flags, _) = tmp_path / "scores.csv", scores.TABLE[0]
+    for seed, mean in (("2", 2.0), ("1", 1.0), ("2", 3.0)):
+        row = {"script": script, "flags": flags, "seed": seed, "mean": mean}
+        scores.replace(path, (script, flags, seed), [row])
+    assert [(row["seed"], row["mean"]) for row in scores.read(path)] == [("1", "1.0"), ("2", "3.0")]
+
+
+@pytest.mark.parametrize("life", [2, 10**6])
+def test_what_an_agent_gets_is_the_discounted_return_of_each_state(life):
+    """One point a step, and a life of `life` steps."""
+    clock = SimpleNamespace(t=0)
+
+    def step(action):
+        clock.t += 1
+        n = overestimation.NUM_ENVS
+        return np.zeros((n, 1)), np.ones(n), np.full(n, clock.t % life == 0), np.zeros(n, bool), {}
+
+    envs = SimpleNamespace(
+        reset=lambda seed: (np.zeros((overestimation.NUM_ENVS, 1)), {}), step=step, close=lambda: None
+    )
+
+    class Agent(torch.nn.Linear):
+        def forward(self, obs):
+            return torch.tensor([[3.0, 7.0]]).expand(len(obs), 2)
+
+        def explore(self, obs, epsilon):
+            return np.zeros(len(obs), int)
+
+    args = SimpleNamespace(gamma=0.99, eval_epsilon=0.01)
+    expected, got = overestimation.measure(lambda args, n: envs, Agent(1, 1), args, seed=1)
+    assert expected == 7
+    assert got == pytest.approx((1.99 + 1) / 2 if life == 2 else 100, rel=0.005)
+
+
+def test_ratio_is_against_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "HERE", tmp_path)
+    rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 100), ("sb3", 2, 1, 150), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
+    rows = ["task,contender,threads,round,steps_per_second", *(f"t,{c},{n},{r},{s}" for c, n, r, s in rates)]
+    (tmp_path / "speed.csv").write_text("\n".join(rows))
+    assert plot.ratios() == {"t": [2.0, 1.5]}
+
+
+def test_all_pictures_are_drawn(tmp_path, monkeypatch):
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(plot, "ROOT", tmp_path)
+    plot.main()
+    for path in (tmp_path / "docs").iterdir():
+        assert path.stat().st_size > 10_000 and (ROOT / "docs" / path.name).exists(), path.name
+
+
+@pytest.mark.parametrize(
+    "row", scores.read(scores.SCORES), ids=lambda row: f"{row['script']} {row['env_id']} {row['seed']}"
+)
+def test_readme_has_every_score(row):
+    mean, std = float(row["mean"]), float(row["std"])
+    shown = {f"{mean:.{d}f} ± {std:.{d}f}" for d in (0, 1, 2)} | {f"{mean:.3f}"}
+    if row["note"].endswith("pipes"):
+        mean, _, std, _ = row["note"].split()
+        shown = {f"{float(mean):.1f} ± {float(std):.1f}"}
+    section = README.partition(f"### {row['script']}.py")[2] or README.partition("### ppo_atari.py")[2]
+    section = section.partition("\n## ")[0].partition("\n### ")[0]
+    assert any(text in section for text in shown), shown
+
+
+@pytest.mark.parametrize("task", plot.ratios())
+def test_readme_has_every_speed(task):
+    rates = {}
+    for row in scores.read(speed.HERE / "speed.csv"):
+        if row["task"] == task:
+            best = rates.setdefault(row["contender"], {})
+            best[row["round"]] = max(best.get(row["round"], 0), int(row["steps_per_second"]))
+    ours, sb3, ceiling = (list(rates[contender].values()) for contender in ("ours", "sb3", "ceiling"))
+    found = plot.ratios()[task]
+    ratio = f"{median(found):.2f} [{min(found):.2f} to {max(found):.2f}]"
+    assert f"| {speed.summary(ours)} | {speed.summary(sb3)} | {ratio} | {median(ceiling):,.0f} |" in README
