@@ -1,5 +1,6 @@
 """Tests of benchmarks/: the runs behind the scores, and that the README says what the CSV files say."""
 
+import json
 import sys
 from pathlib import Path
 from statistics import median
@@ -42,13 +43,27 @@ def test_killed_score_goes_on_where_it_was_and_comes_out_the_same(tmp_path, monk
     (scores.run_folder(*TASK) / "runs" / "stopped-at-once").mkdir(parents=True)
     with pytest.raises(CalledProcessError):
         scores.train(*TASK, [str(tmp_path / "killed.py")])
+    monkeypatch.setattr(scores, "wall_time", lambda run: 1000)
     run, seconds = scores.train(*TASK, PROGRAM)
     killed = scores.collect(*TASK, run, seconds)
     assert killed[1] == whole[1] and len(killed[1]) == 5
     assert killed[0] | {"seconds": 0} == whole[0] | {"seconds": 0}
     assert len(list(run.glob("events.*"))) == 2
-    assert seconds > scores.wall_time(run) > 0
-    assert scores.train(*TASK, ["not started again"]) == (run, scores.wall_time(run))
+    assert 1001 < seconds < 1060
+    assert scores.train(*TASK, ["not started again"]) == (run, 1000)
+
+
+def test_wall_time_leaves_out_the_time_between_two_sittings(tmp_path, monkeypatch):
+    for name, times in (("events.1", (10, 15, 13)), ("events.2", (100, 101))):
+        (tmp_path / name).write_text(json.dumps(times))
+    loader = SimpleNamespace(Load=None)
+
+    def load(path):
+        loader.Load = lambda: [SimpleNamespace(wall_time=time) for time in json.loads(Path(path).read_text())]
+        return loader
+
+    monkeypatch.setattr(scores, "EventFileLoader", load)
+    assert scores.wall_time(tmp_path) == 6
 
 
 def test_scores_are_kept_in_the_order_of_the_table(tmp_path):
@@ -88,7 +103,7 @@ def test_what_an_agent_gets_is_the_discounted_return_of_each_state(life):
 
 def test_ratio_is_against_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "HERE", tmp_path)
-    rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 100), ("sb3", 2, 1, 150), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
+    rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 150), ("sb3", 2, 1, 100), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
     rows = ["task,contender,threads,round,steps_per_second", *(f"t,{c},{n},{r},{s}" for c, n, r, s in rates)]
     (tmp_path / "speed.csv").write_text("\n".join(rows))
     assert plot.ratios() == {"t": [2.0, 1.5]}
