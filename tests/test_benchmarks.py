@@ -113,8 +113,15 @@ def test_all_pictures_are_drawn(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(plot, "ROOT", tmp_path)
     plot.main()
-    for path in (tmp_path / "docs").iterdir():
-        assert path.stat().st_size > 10_000 and (ROOT / "docs" / path.name).exists(), path.name
+    rates = [("ppo", 1), ("ppo", 128), ("ppo_atari", 1), ("ppo_atari", 128)]
+    rates = [
+        {"script": x, "num_envs": n, "contender": c, "steps_per_second": 9}
+        for x, n in rates
+        for c in ("ours", "ceiling")
+    ]
+    plot.draw_scaling(rates, scores.read(speed.HERE / "memory.csv"))
+    drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
+    assert drawn.keys() == {"curves.png", "speed.png", "scaling.png"} and min(drawn.values()) > 10_000
 
 
 @pytest.mark.parametrize(
