@@ -51,6 +51,7 @@ import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -80,6 +81,7 @@ class Args:
     num_envs: int = 16  # parallel environments (N)
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
     bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
+    compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
@@ -133,10 +135,19 @@ class AtariGames(VectorWrapper):
         self.frames = self.camera.reset(seed=seed)[0] if self.camera else None
         return obs, infos
 
-    def step(self, action):
-        """As AtariVectorEnv; infos["episode"] has the score and the steps of the games that ended here."""
-        obs, reward, terminated, truncated, infos = self.env.step(action)
+    def send(self, action):
+        """Begin a step, which the games play in threads of their own."""
+        self.env.send(action)
         self.frames = self.camera.step(action)[0] if self.camera else None
+
+    def step(self, action):
+        """A whole step, see `recv`."""
+        self.send(action)
+        return self.recv()
+
+    def recv(self):
+        """The end of a step, as AtariVectorEnv; infos["episode"] has score and length of the games that ended here."""
+        obs, reward, terminated, truncated, infos = self.env.recv()
         self.score, self.length = self.score + reward, self.length + 1
         # A lost life is reported as `terminated` too, but only after the end of a game are its frames counted anew.
         restarted = infos["episode_frame_number"] < self.frame_number
@@ -205,14 +216,18 @@ class Agent(nn.Module):
         return self.head(hidden.float())
 
     @torch.no_grad()
-    def explore(self, obs, epsilon: float) -> np.ndarray:
-        """ε-greedy actions (N,) int64 for the environment from `obs` (N, 4, 84, 84) uint8."""
-        greedy = self(obs).argmax(-1).cpu().numpy()
-        return np.where(np.random.rand(len(obs)) < epsilon, np.random.randint(self.num_actions, size=len(obs)), greedy)
+    def best_action(self, obs):
+        """The action (N,) int64 of the highest value in each of `obs` (N, 4, 84, 84) uint8."""
+        return self(obs).argmax(-1)
+
+    def explore(self, action, epsilon: float) -> np.ndarray:
+        """Actions for the environment: `action` (N,) int64, but with probability ε each a random one."""
+        exploring = np.random.rand(len(action)) < epsilon
+        return np.where(exploring, np.random.randint(self.num_actions, size=len(action)), action.cpu().numpy())
 
     def act(self, obs, deterministic: bool) -> np.ndarray:
         """Actions for the environment from `obs` (N, 4, 84, 84) uint8: the best ones, or ε-greedy ones."""
-        return self.explore(obs, 0 if deterministic else self.eval_epsilon)
+        return self.explore(self.best_action(obs), 0 if deterministic else self.eval_epsilon)
 
 
 # --- algorithm ---
@@ -336,6 +351,7 @@ def train(args: Args) -> Path:
     agent = Agent(envs, args).to(device)
     target_network = copy.deepcopy(agent)
     optimizer = torch.optim.Adam(list(agent.parameters()), lr=args.learning_rate, fused=True)
+    best_action, loss_function = (compiled(function, args, device) for function in (agent.best_action, dqn_loss))
     replay = make_replay(args, envs.single_observation_space.shape, device)
     parts = {"agent": agent, "target_network": target_network, "optimizer": optimizer}
     parts |= {"replay": replay} if args.save_replay else {}
@@ -347,21 +363,19 @@ def train(args: Args) -> Path:
                 replay.break_off()
                 history, start, start_time = [], run.step, time.perf_counter()
 
-            # 1. act: one step in N environments
+            # 1. act: N environments begin a step
             progress = run.step / run.last_step
             epsilon = linear_schedule(args.start_e, args.end_e, progress / args.exploration_fraction)
-            action = agent.explore(torch.as_tensor(obs, device=device), epsilon)
-            next_obs, reward, terminated, truncated, infos = envs.step(action)
-            new_game = infos.get("_episode", np.zeros(args.num_envs, dtype=bool))
-            replay.add(obs, action, reward, terminated, truncated, new_game)
-            obs, last_step, run.step = next_obs, run.step, run.step + args.num_envs
-            run.record(obs, reward, infos)
+            action = agent.explore(best_action(torch.as_tensor(obs, device=device)), epsilon)
+            envs.send(action)
+            last_step, run.step = run.step, run.step + args.num_envs
 
-            # 2. learn: a gradient step every few environment steps
-            if replay.size * args.num_envs >= args.learning_starts:
-                for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
-                    minibatch = [x.to(device) for x in replay.sample(args.batch_size)]
-                    loss, metrics = dqn_loss(agent, target_network, *minibatch, args.gamma)
+            # 2. learn, while they are at work: a gradient step every few environment steps
+            updates = run.step // args.train_frequency - last_step // args.train_frequency
+            if updates and replay.size * args.num_envs >= args.learning_starts:
+                batch = [x.to(device).chunk(updates) for x in replay.sample(updates * args.batch_size)]
+                for minibatch in zip(*batch):
+                    loss, metrics = loss_function(agent, target_network, *minibatch, args.gamma)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()
@@ -369,7 +383,14 @@ def train(args: Args) -> Path:
             if run.step // args.target_network_frequency > last_step // args.target_network_frequency:
                 target_network.load_state_dict(agent.state_dict())
 
-            # 3. log: losses are means since the last time
+            # 3. remember: the step is over
+            next_obs, reward, terminated, truncated, infos = envs.recv()
+            new_game = infos.get("_episode", np.zeros(args.num_envs, dtype=bool))
+            replay.add(obs, action, reward, terminated, truncated, new_game)
+            obs = next_obs
+            run.record(obs, reward, infos)
+
+            # 4. log: losses are means since the last time
             if run.step - start >= args.log_interval or run.step >= min(run.next_cut, run.last_step):
                 names = history[0] if history else ()
                 metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in names}
@@ -449,6 +470,19 @@ def pick_device(name: str, obs_space: gym.Space) -> torch.device:
     except Exception:  # every backend raises its own
         refuse(f"--device {name}: not available on this machine; cpu is")
     return torch.device(name)
+
+
+def compiled(function, args: Args, device: torch.device):
+    """`function` itself, or with --compile a faster one, which on a GPU becomes a CUDA graph. It is compiled when it
+    is first called; what it returns is copied, because a CUDA graph writes into the same memory every time."""
+    if not args.compile:
+        return function
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # every compiler fails in its own way
+        refuse(f"--compile: no working compiler for {device}: {str(error).partition(chr(10))[0]}")
+    fast = torch.compile(function, mode="reduce-overhead")
+    return lambda *inputs: tree_map(torch.clone, fast(*inputs))
 
 
 def seed_everything(*key: int) -> int:

@@ -49,6 +49,7 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -79,6 +80,7 @@ class Args:
     num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
     vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process an environment, if slow
     normalize_observations: bool = False  # by their running mean and variance, saved with the agent
+    compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
     learning_rate: float = 7e-4  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero
     gamma: float = 0.999  # discount factor
@@ -191,7 +193,8 @@ class Categorical:
 
     def sample(self):
         """A random action, (B,) int64."""
-        return torch.multinomial(self.logprobs.exp(), 1).squeeze(-1)
+        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()  # rates are probabilities
+        return waiting.argmin(-1)
 
     def log_prob(self, action):
         """Log-probability (B,) of `action` (B,)."""
@@ -282,6 +285,13 @@ def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambd
     return advantages
 
 
+def sample_action(agent, obs):
+    """Actions that the policy takes in `obs` (N, ...), their log-probabilities, and the values, each (N, ...)."""
+    policy, value = agent(obs)
+    action = policy.sample()
+    return action, policy.log_prob(action), value
+
+
 def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef, vf_coef, ent_coef):
     """The loss of one minibatch, every tensor (B, ...), and a dict of scalar tensors worth logging."""
     policy, value = agent(obs)
@@ -314,6 +324,7 @@ def train(args: Args) -> Path:
     agent = Agent(envs, args).to(device)
     parameters = list(agent.parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
+    act, loss_function = (compiled(function, args, device) for function in (sample_action, ppo_loss))
     batch_size = args.num_envs * args.num_steps
 
     with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
@@ -327,10 +338,8 @@ def train(args: Args) -> Path:
             for _ in range(args.num_steps):
                 obs = torch.as_tensor(obs, device=device)
                 with torch.no_grad():
-                    policy, value = agent(obs)
-                    action = policy.sample()
-                    rollout.append((obs, action, policy.log_prob(action), value))
-                obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
+                    rollout.append((obs, *act(agent, obs)))
+                obs, reward, terminated, truncated, infos = envs.step(agent.to_env(rollout[-1][1]))
                 outcomes.append((reward.astype(np.float32), terminated, terminated | truncated))
                 final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated & ~terminated)]
                 run.step += args.num_envs
@@ -355,7 +364,7 @@ def train(args: Args) -> Path:
             for _ in range(args.update_epochs):
                 shuffled = torch.randperm(batch_size).to(device)
                 for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch)):
-                    loss, metrics = ppo_loss(agent, *minibatch, args.clip_coef, args.vf_coef, args.ent_coef)
+                    loss, metrics = loss_function(agent, *minibatch, args.clip_coef, args.vf_coef, args.ent_coef)
                     optimizer.zero_grad()
                     loss.backward()
                     grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
@@ -443,6 +452,19 @@ def pick_device(name: str, obs_space: gym.Space) -> torch.device:
     except Exception:  # every backend raises its own
         refuse(f"--device {name}: not available on this machine; cpu is")
     return torch.device(name)
+
+
+def compiled(function, args: Args, device: torch.device):
+    """`function` itself, or with --compile a faster one, which on a GPU becomes a CUDA graph. It is compiled when it
+    is first called; what it returns is copied, because a CUDA graph writes into the same memory every time."""
+    if not args.compile:
+        return function
+    try:
+        torch.compile(torch.square)(torch.ones(2, device=device))
+    except Exception as error:  # every compiler fails in its own way
+        refuse(f"--compile: no working compiler for {device}: {str(error).partition(chr(10))[0]}")
+    fast = torch.compile(function, mode="reduce-overhead")
+    return lambda *inputs: tree_map(torch.clone, fast(*inputs))
 
 
 def seed_everything(*key: int) -> int:

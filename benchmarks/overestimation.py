@@ -33,7 +33,7 @@ def measure(make_envs, agent, args, seed: int) -> tuple:
     for t in range(NUM_STEPS):
         obs = torch.as_tensor(obs, device=next(agent.parameters()).device)
         expected[t] = agent(obs).amax(-1).cpu()
-        obs, rewards[t], terminated[t], _, _ = envs.step(agent.explore(obs, args.eval_epsilon))
+        obs, rewards[t], terminated[t], _, _ = envs.step(agent.explore(agent.best_action(obs), args.eval_epsilon))
     envs.close()
     returns = rewards.copy()
     for t in reversed(range(NUM_STEPS - 1)):

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
-from scores import CURVES, HERE, ROOT, SCORES, TABLE, key, read
+from scores import CURVES, GPU_TABLE, HERE, ROOT, SCORES, TABLE, key, read
 
 # script and a part of its flags: the score to compare with, and whose it is; the first that fits counts
 REFERENCES = [
@@ -25,12 +25,22 @@ REFERENCES = [
     ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo, v3"),
     ("a2c_continuous", "", 300, "RL Zoo, 5 M steps"),
     ("ppo", "CartPole", 500, "RL Zoo, 100 k steps"),
+    ("ppo", "Acrobot", -73.5, "RL Zoo, 1 M steps"),
     ("ppo", "Continuous", None, None),
     ("ppo", "Pendulum", None, None),
     ("ppo", "", 242, "RL Zoo, 1 M steps"),
     ("ppo_atari", "Pong", 21.0, "RL Zoo, 10 M steps"),
+    ("ppo_atari", "Breakout", 415, "CleanRL, 10 M steps"),
+    ("ppo_atari", "SpaceInvaders", 1162, "CleanRL, 10 M steps"),
+    ("ppo_atari", "BeamRider", 3397, "RL Zoo, 10 M steps"),
+    ("ppo_atari", "Qbert", 16431, "CleanRL, 10 M steps"),
+    ("ppo_atari", "Seaquest", 1784, "RL Zoo, 10 M steps"),
     ("dqn_atari", "Pong", 20.6, "RL Zoo, 10 M steps"),
-    ("dqn_atari", "SpaceInvaders", 623, "RL Zoo, 10 M steps"),
+    ("dqn_atari", "Breakout", 367, "CleanRL, 10 M steps"),
+    ("dqn_atari", "SpaceInvaders", 1442, "CleanRL, 10 M steps"),
+    ("dqn_atari", "BeamRider", 6673, "CleanRL, 10 M steps"),
+    ("dqn_atari", "Qbert", 9497, "RL Zoo, 10 M steps"),
+    ("dqn_atari", "Seaquest", 2000, "RL Zoo, 10 M steps"),
     ("ddqn_atari", "", None, None),
 ]
 COLOR, REFERENCE_COLOR = "#1f4e79", "#b5541c"
@@ -41,7 +51,7 @@ def panels() -> dict:
     env_ids, runs, found = {key(row): row["env_id"] for row in read(SCORES)}, {}, {}
     for row in read(CURVES):
         runs.setdefault(key(row), []).append((int(row["step"]), float(row["return"])))
-    for script, flags, seeds in TABLE:
+    for script, flags, seeds in (*TABLE, *GPU_TABLE):
         for task in ((script, flags, str(seed)) for seed in range(1, seeds + 1)):
             if task in runs:
                 found.setdefault((script, flags, env_ids[task]), []).append(np.array(runs[task]))

@@ -4,6 +4,7 @@ What is there is skipped, and a run that was stopped goes on from its last check
 time, in whatever way, and started again. The runs stay in runs/scores.
 
     python benchmarks/scores.py
+    python benchmarks/scores.py --gpu                           # the 10 million steps of the papers' games, on a GPU
     python benchmarks/scores.py --only "ppo CartPole" --redo    # the rows with all of these words in script and flags
 """
 
@@ -39,20 +40,22 @@ TABLE = [
     ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
      """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
      "--normalize-observations --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97", 3),
-    ("a2c_continuous", "", 1),
+    ("a2c_continuous", "", 3),
     ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3e6 --num-steps 8 --optimizer rmsprop "
-     "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 1),
+     "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 3),
     ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 --gamma 0.95 "
-     "--gae-lambda 0.9", 1),
+     "--gae-lambda 0.9", 3),
     ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1e6 --num-envs 8 --num-steps 4 --gamma 0.9 "
      "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", 3),
-    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1e6 --num-steps 8", 1),
+    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1e6 --num-steps 8 --action-std 0.135", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
+    ("ppo", "--env-id Acrobot-v1 --total-timesteps 1e6 --num-steps 256 --learning-rate 3e-4 --gamma 0.99 "
+     "--gae-lambda 0.94 --update-epochs 4 --ent-coef 0 --normalize-observations", 3),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 3),
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
-     "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 1),
+     "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 3),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
     ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 "
      "--train-frequency 2", 1),
@@ -61,19 +64,29 @@ TABLE = [
     ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
      "--learning-starts 10000 --num-threads 1", 1),
 ]  # fmt: skip
+GPU_TABLE = [
+    (script, f"--env-id {game}NoFrameskip-v4 --device cuda --compile {flags}", 1)
+    for game in ("Pong", "Breakout", "SpaceInvaders", "BeamRider", "Qbert", "Seaquest")
+    for script, flags in (
+        ("ppo_atari", "--num-envs 32 --num-steps 32"),  # the default's steps in a rollout, from more environments
+        ("dqn_atari", "--num-envs 32"),
+        ("ddqn_atari", "--num-envs 32"),
+    )
+]
 SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
 
 
-def main(only: str = "", curves: bool = False, redo: bool = False):
+def main(only: str = "", curves: bool = False, redo: bool = False, gpu: bool = False):
     """Train what is not in scores.csv yet.
 
     Args:
         only: words that script and flags have to contain.
         curves: train also what is not in curves.csv; a score that comes out the same stays as it was measured.
         redo: train everything.
+        gpu: the rows of GPU_TABLE instead.
     """
-    for script, flags, seeds in TABLE:
+    for script, flags, seeds in GPU_TABLE if gpu else TABLE:
         for seed in range(1, seeds + 1):
             task = (script, flags, str(seed))
             scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
@@ -112,7 +125,7 @@ def replace(path: Path, task: tuple, rows: list):
 
 def position(row: dict) -> int:
     """Where the row's task is in the table, so that the files are in its order whatever was trained first."""
-    tasks = [task[:2] for task in TABLE]
+    tasks = [task[:2] for task in (*TABLE, *GPU_TABLE)]
     return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
 
 
@@ -172,7 +185,7 @@ def collect(script: str, flags: str, seed: int, run: Path, seconds: float) -> tu
         "std": round(results["std_reward"], 4),
         "episodes": results["n_eval_episodes"],
         "seconds": round(seconds),
-        "machine": f"{os.cpu_count()} cores, {cpu_name()}",
+        "machine": f"{os.cpu_count()} cores, {cpu_name()}" + (", GPU" if "--device cuda" in flags else ""),
         "torch": config["torch"],
         "gymnasium": config["gymnasium"],
         "commit": config["commit"],

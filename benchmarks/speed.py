@@ -8,6 +8,7 @@ two, the better of a round counts; from pixels with all cores, as we do (one thr
     python benchmarks/speed.py --only atari --rounds 3
     python benchmarks/speed.py --scaling           # over the number of environments: benchmarks/scaling.csv
     python benchmarks/speed.py --solve             # time until a task is solved: benchmarks/solve.csv
+    python benchmarks/speed.py --gpu               # the pixel scripts on a GPU: benchmarks/gpu.csv
     python benchmarks/speed.py --memory            # peak memory with replays written full: benchmarks/memory.csv
 """
 
@@ -97,6 +98,13 @@ TASKS = {
 # script: steps of an iteration, however many environments share them
 SCALING = {"ppo": 16_384, "ppo_atari": 1024}
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+# script: flags of its runs on a GPU, which are long enough to see it at full speed
+GPU = {
+    "ppo_atari": "--num-envs 128 --num-steps 128 --num-minibatches 16 --total-timesteps 655360",
+    "dqn_atari": "--num-envs 64 --buffer-size 200000 --learning-starts 20000 --total-timesteps 300000",
+    "ddqn_atari": "--num-envs 64 --buffer-size 200000 --learning-starts 20000 --total-timesteps 300000",
+}
 
 # task: our flags, the return that solves it, Stable-Baselines3's steps between evaluations and in all, RL Zoo's recipe
 SOLVE = {
@@ -205,6 +213,45 @@ def scaling(rounds: int, only: str):
                     rows.append(task | run_child("--child", "--scaling", *words))
                     print(rows[-1], flush=True)
     write(HERE / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
+
+
+def gpu_child(script: str, contender: str, device: str, flags: str):
+    """Steps per second of the second half of a run, when all is loaded and compiled, as JSON."""
+    import torch
+
+    module = importlib.import_module(script)
+    args = module.parse_args(f"{GPU[script]} --device {device} {flags}".split())
+    if contender == "ceiling":
+        envs, vector_steps = module.make_envs(args, args.num_envs), args.total_timesteps // args.num_envs // 10
+        envs.reset(seed=1)
+        actions = [envs.action_space.sample() for _ in range(100)]
+        start = time.perf_counter()
+        for i in range(vector_steps):
+            envs.step(actions[i % 100])
+        result = vector_steps * args.num_envs / (time.perf_counter() - start)
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        flags += f" --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100 --{contender}"
+        args = module.parse_args(f"{GPU[script]} --device {device} {flags}".split())
+        rates = [event.value for event in EventAccumulator(str(module.train(args))).Reload().Scalars("time/sps")]
+        late = rates[len(rates) // 2 :]
+        result = len(late) / sum(1 / rate for rate in late)
+    on = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    print("RESULT", json.dumps({"steps_per_second": round(result), "device": on}))
+
+
+def gpu(rounds: int, only: str, device: str, flags: str):
+    """The pixel scripts on a GPU with --compile and without, and the environments; writes benchmarks/gpu.csv."""
+    rows = []
+    for round_number in range(1, rounds + 1):
+        for script in (script for script in GPU if only in script):
+            for contender in ("compile", "no-compile", "ceiling"):
+                words = ("--script", script, "--contender", contender, "--device", device, f"--flags={flags}")
+                rows.append({"script": script, "flags": f"{GPU[script]} {flags}".strip(), "contender": contender})
+                rows[-1] |= {"round": round_number} | run_child("--child", "--gpu", *words)
+                print(rows[-1], flush=True)
+                write(HERE / "gpu.csv", rows)
 
 
 def memory_child(buffer_size: int):
@@ -395,6 +442,9 @@ class Options:
     scaling: bool = False  # measure over the number of environments instead
     solve: bool = False  # measure the time to solve a task instead
     seeds: int = 3  # seeds of --solve
+    gpu: bool = False  # measure the pixel scripts on a GPU instead
+    device: str = "cuda"  # the device of --gpu
+    flags: str = ""  # more flags for the scripts of --gpu
     memory: bool = False  # measure the memory of replays instead
     child: bool = False  # (internal) measure one contender
     task: str = "ppo LunarLander-v3, 16 envs"  # (internal) what to measure
@@ -413,12 +463,16 @@ if __name__ == "__main__":
         solve_child(options.env_id, options.contender, options.seed)
     elif options.child and options.scaling:
         scaling_child(options.script, options.contender, options.num_envs)
+    elif options.child and options.gpu:
+        gpu_child(options.script, options.contender, options.device, options.flags)
     elif options.child and options.memory:
         memory_child(options.buffer_size)
     elif options.child:
         child(options.task, options.contender, options.threads)
     elif options.scaling:
         scaling(options.rounds, options.only)
+    elif options.gpu:
+        gpu(options.rounds, options.only, options.device, options.flags)
     elif options.solve:
         solve(options.seeds, options.only)
     elif options.memory:

@@ -92,8 +92,11 @@ def test_what_an_agent_gets_is_the_discounted_return_of_each_state(life):
         def forward(self, obs):
             return torch.tensor([[3.0, 7.0]]).expand(len(obs), 2)
 
-        def explore(self, obs, epsilon):
-            return np.zeros(len(obs), int)
+        def best_action(self, obs):
+            return self(obs).argmax(-1)
+
+        def explore(self, action, epsilon):
+            return action.numpy()
 
     args = SimpleNamespace(gamma=0.99, eval_epsilon=0.01)
     expected, got = overestimation.measure(lambda args, n: envs, Agent(1, 1), args, seed=1)
@@ -122,6 +125,12 @@ def test_all_pictures_are_drawn(tmp_path, monkeypatch):
     plot.draw_scaling(rates, scores.read(speed.HERE / "memory.csv"))
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
     assert drawn.keys() == {"curves.png", "speed.png", "scaling.png"} and min(drawn.values()) > 10_000
+
+
+def test_every_task_has_its_line_in_the_picture():
+    """A reference, or none on purpose."""
+    for script, flags, _ in (*scores.TABLE, *scores.GPU_TABLE):
+        assert any(row[0] == script and row[1] in flags for row in plot.REFERENCES), (script, flags)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,28 @@ def test_the_table_is_that_of_value_iteration_on_ice():
     assert mean_reward(folder) == pytest.approx(0.74, abs=0.1)  # the optimum, four standard errors
 
 
+@pytest.mark.parametrize(
+    ("env_id", "optimum", "blind"), [("FrozenLake-v1", 0.744, 0.740), ("FrozenLake8x8-v1", 0.913, 0.894)]
+)
+def test_what_the_readme_says_can_be_reached(env_id, optimum, blind):
+    """With the step of the episode in view, and without, by the policy that is the best one for the discount."""
+    env = gym.make(env_id)
+    policy = value_iteration(env, q_learning.Args.gamma).argmax(axis=1)
+    best = ours = np.zeros(len(policy))
+    for _ in range(env.spec.max_episode_steps):
+        outcomes = np.array(
+            [
+                [
+                    [sum(p * (r + values[s] * (not end)) for p, s, r, end in action) for action in state.values()]
+                    for state in env.unwrapped.P.values()
+                ]
+                for values in (best, ours)
+            ]
+        )
+        best, ours = outcomes[0].max(axis=1), outcomes[1][np.arange(len(policy)), policy]
+    assert (round(best[0], 3), round(ours[0], 3)) == (optimum, blind)
+
+
 def test_the_table_is_that_of_value_iteration_in_a_taxi():
     """Exactly, for all that was tried. The time limit breaks most episodes off: no value may come from that."""
     folder = run("--env-id", "Taxi-v4", *EXACT, "--total-timesteps", "4e5", "--gamma", "0.9", "--eval-episodes", "10")

@@ -41,20 +41,25 @@ SCRIPTS = {
         "12800",
     ),
     "ppo": (
-        *(644, 455, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(666, 470, "--env-id CartPole-v1 --total-timesteps 256 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "12800",
     ),
     "ppo_atari": (
-        *(624, 439, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(655, 459, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
-    "dqn_atari": (650, 461, f"{PIXELS} {DQN}", "4096"),
-    "ddqn_atari": (654, 462, f"{PIXELS} {DQN}", "4096"),
+    "ppo_atari_multigpu": (
+        *(718, 504, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        "4096",
+    ),
+    "dqn_atari": (684, 483, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (688, 484, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
 PAIRS = {  # (script, script): the top-level names in which the two differ, and no others
     ("ppo", "ppo_atari"): {"Args", "Agent", "make_envs"},
+    ("ppo_atari", "ppo_atari_multigpu"): {"Args", "train"},
     ("dqn_atari", "ddqn_atari"): {"td_target"},
 }
 SHARED_ARGS = "env_id env_kwargs seed total_timesteps device num_threads num_checkpoints eval_episodes"
