@@ -7,6 +7,8 @@ Double DQN lets one network choose the action and the other value it. Nothing el
     python ddqn_atari.py                                          # Breakout, 10 M steps: not measured yet
     python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 \
         --train-frequency 2                                       # not measured yet
+    python ddqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 \
+        --learning-starts 10000 --num-threads 1                   # 597 ± 180 in 79 min
 
 A step is four frames. The replay holds each screen once, a byte a pixel: 7.1 GB for a million steps. It is not part of
 the checkpoint: a resumed run fills a new one before it learns on, and so is not exactly the uninterrupted one, except

@@ -8,6 +8,8 @@ now and then. Many games are played at once, with one gradient step every four s
     python dqn_atari.py                                           # Breakout, 10 M steps: not measured yet
     python dqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 \
         --train-frequency 2                                       # 19.2 ± 2.1 after 600 k of them, 72 min
+    python dqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 \
+        --learning-starts 10000 --num-threads 1                   # 440 ± 138 in 70 min
 
 A step is four frames. The replay holds each screen once, a byte a pixel: 7.1 GB for a million steps. It is not part of
 the checkpoint: a resumed run fills a new one before it learns on, and so is not exactly the uninterrupted one, except

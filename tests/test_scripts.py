@@ -52,8 +52,8 @@ SCRIPTS = {
         *(718, 504, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
-    "dqn_atari": (684, 483, f"{PIXELS} {DQN}", "4096"),
-    "ddqn_atari": (688, 484, f"{PIXELS} {DQN}", "4096"),
+    "dqn_atari": (686, 483, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (690, 484, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
