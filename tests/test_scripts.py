@@ -26,6 +26,8 @@ import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from wandb_log import read_wandb
 
 # Bounds of physical and code lines (no blanks, comments, docstrings), a quick way to run each script (with 4 iterations
@@ -335,6 +337,32 @@ def read_events(folder):
 
 def scalars(folder, name):
     return read_events(folder).Scalars(name)
+
+
+class Float64Watch(TorchDispatchMode):
+    """Keeps the names of the operations that take or give float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, operation, types, inputs=(), options=None):
+        result = operation(*inputs, **(options or {}))
+        tensors = [x for x in tree_leaves((inputs, options, result)) if isinstance(x, torch.Tensor)]
+        if any(tensor.dtype == torch.float64 for tensor in tensors):
+            self.found.add(str(operation))
+        return result
+
+
+@every_script
+def test_no_float64_which_apples_gpus_do_not_have(name):
+    module = importlib.import_module(name)
+    with Float64Watch() as watch:
+        module.train(module.parse_args(flags_of(name)))
+    assert not watch.found
+    with Float64Watch() as watch:
+        torch.ones(2, dtype=torch.float64)
+    assert watch.found
 
 
 @every_script
