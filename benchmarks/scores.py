@@ -51,8 +51,8 @@ TABLE = [
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
-    ("ppo", "--env-id Acrobot-v1 --total-timesteps 1e6 --num-steps 256 --learning-rate 3e-4 --gamma 0.99 "
-     "--gae-lambda 0.94 --update-epochs 4 --ent-coef 0 --normalize-observations", 3),
+    ("ppo", "--env-id Acrobot-v1 --total-timesteps 1e6 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
+     "--gamma 0.99 --gae-lambda 0.94 --ent-coef 0 --normalize-observations", 3),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 3),
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 3),

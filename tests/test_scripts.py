@@ -39,7 +39,7 @@ SCRIPTS = {
     "q_learning": (502, 353, "--total-timesteps 400 --num-steps 50", "2e5"),
     "reinforce": (579, 400, "--total-timesteps 400 --num-envs 2", "4e4"),
     "a2c_continuous": (
-        *(628, 440, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
+        *(630, 440, "--env-id LunarLanderContinuous-v3 --total-timesteps 1024 --num-envs 2 --log-interval 3"),
         "12800",
     ),
     "ppo": (
