@@ -58,6 +58,11 @@ def panels() -> dict:
     return found
 
 
+def name_of(env_id: str) -> str:
+    """The environment's name in a title: without its package, and a game without its suffix."""
+    return env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
+
+
 def draw_curves(found: dict):
     """A panel a task: the mean over the seeds, between the worst and the best of them."""
     columns = min(3, len(found))
@@ -75,9 +80,9 @@ def draw_curves(found: dict):
         value, whose = next(row[2:] for row in REFERENCES if row[0] == script and row[1] in flags)
         if value is not None:
             axis.axhline(value, color=REFERENCE_COLOR, linestyle="--", linewidth=1, label=f"{value}, {whose}")
-            axis.legend(frameon=False, loc="lower right")
+            axis.legend(frameon=False, loc="best")
         seeds = f"{len(curves)} seeds" if len(curves) > 1 else "1 seed"
-        axis.set(title=f"{script}.py, {env_id.rpartition(':')[2]}", xlabel=f"{name} steps, {seeds}", xlim=(0, None))
+        axis.set(title=f"{script}.py, {name_of(env_id)}", xlabel=f"{name} steps, {seeds}", xlim=(0, None))
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "docs" / "curves.png", dpi=100)
 

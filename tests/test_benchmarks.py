@@ -147,14 +147,27 @@ def test_readme_has_every_score(row):
     assert any(text in section for text in shown), shown
 
 
-@pytest.mark.parametrize("task", plot.ratios())
+@pytest.mark.parametrize("task", {row["task"]: None for row in scores.read(speed.HERE / "speed.csv")})
 def test_readme_has_every_speed(task):
-    rates = {}
+    rates, memory, rival, ratio = {}, {}, "–", "–"
     for row in scores.read(speed.HERE / "speed.csv"):
         if row["task"] == task:
             best = rates.setdefault(row["contender"], {})
             best[row["round"]] = max(best.get(row["round"], 0), int(row["steps_per_second"]))
-    ours, sb3, ceiling = (list(rates[contender].values()) for contender in ("ours", "sb3", "ceiling"))
-    found = plot.ratios()[task]
-    ratio = f"{median(found):.2f} [{min(found):.2f} to {max(found):.2f}]"
-    assert f"| {speed.summary(ours)} | {speed.summary(sb3)} | {ratio} | {median(ceiling):,.0f} |" in README
+            memory.setdefault(row["contender"], []).append(int(row["peak_memory_mib"]))
+    ours, ceiling = (list(rates[contender].values()) for contender in ("ours", "ceiling"))
+    share, peak = median(a / b for a, b in zip(ours, ceiling)), f"{median(memory['ours']):.0f}"
+    if "sb3" in rates:
+        found, rival = plot.ratios()[task], speed.summary(list(rates["sb3"].values()))
+        ratio = f"{median(found):.2f} [{min(found):.2f} to {max(found):.2f}]"
+        peak += f" and {median(memory['sb3']):.0f}"
+    row = f"| {speed.summary(ours)} | {rival} | {ratio} | {median(ceiling):,.0f} | {share:.0%} | {peak} |"
+    assert row.replace("%", " %") in README, row
+
+
+def test_readme_has_every_time_to_solve():
+    section = README.partition("Time until two evaluations")[2].partition("```")[0]
+    rows = scores.read(speed.HERE / "solve.csv")
+    assert len(rows) >= 10
+    for row in rows:
+        assert f" {float(row['seconds']):.0f} s" in section, row
