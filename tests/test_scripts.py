@@ -265,6 +265,9 @@ def test_commands_in_the_readme_and_the_docstrings_parse():
     for command in readme_commands() + docstring_commands():
         for part in re.split(r"&&|\|", command):
             words = shlex.split(part, comments=True)
+            if words and words[0] == "torchrun":
+                (script,) = (i for i, word in enumerate(words) if word.endswith(".py"))
+                words = ["python", *words[script:]]
             if words and words[0] == "python" and words[1].removesuffix(".py") in SCRIPTS:
                 name = words[1].removesuffix(".py")
                 if "--help" not in words and "--resume" not in words:
