@@ -51,7 +51,7 @@ SCRIPTS = {
         "4096",
     ),
     "ppo_atari_multigpu": (
-        *(718, 504, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(718, 505, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
     "dqn_atari": (686, 483, f"{PIXELS} {DQN}", "4096"),
