@@ -205,7 +205,7 @@ class Categorical:
 
     def sample(self):
         """A random action, (B,) int64."""
-        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()  # rates are probabilities
+        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()  # the first to come wins, p = rate
         return waiting.argmin(-1)
 
     def log_prob(self, action):
