@@ -192,8 +192,8 @@ class Categorical:
         return self.logprobs.argmax(-1)
 
     def sample(self):
-        """A random action, (B,) int64."""
-        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()  # the first to come wins, p = rate
+        """A random action, (B,) int64: of waiting times with these rates, each is the shortest as often as it should."""
+        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()
         return waiting.argmin(-1)
 
     def log_prob(self, action):
