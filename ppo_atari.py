@@ -204,7 +204,7 @@ class Categorical:
         return self.logprobs.argmax(-1)
 
     def sample(self):
-        """A random action, (B,) int64: of waiting times with these rates, each is the shortest as often as it should."""
+        """A random action, (B,) int64: the shortest of waiting times whose rates are the probabilities."""
         waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()
         return waiting.argmin(-1)
 

@@ -61,6 +61,8 @@ TABLE = [
      "--train-frequency 2", 1),
     ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
      "--learning-starts 10000 --num-threads 1", 1),
+    ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 --learning-starts 10000 "
+     "--train-frequency 2 --num-threads 1", 1),
     ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
      "--learning-starts 10000 --num-threads 1", 1),
 ]  # fmt: skip
