@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,6 +17,12 @@ def in_empty_folder(tmp_path, monkeypatch):
     """Every test runs in a folder of its own, so that runs/ starts empty and leaves nothing behind."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same random numbers, alone or after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

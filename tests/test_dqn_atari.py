@@ -337,6 +337,7 @@ def test_the_target_network_is_the_agent_of_the_last_copy(monkeypatch):
 def test_bfloat16_gives_the_gradient_of_float32():
     envs, gradients = games("BreakoutNoFrameskip-v4", 32), []
     obs, _ = envs.reset(seed=1)
+    envs.action_space.seed(1)
     for _ in range(40):
         obs, *_ = envs.step(envs.action_space.sample())
     agent = dqn.Agent(envs, dqn.parse_args([]))

@@ -178,6 +178,7 @@ def test_bfloat16_gives_the_gradient_of_float32():
     args, gradients = parse(), []
     envs = ppo_atari.make_envs(args, 64)
     obs, _ = envs.reset(seed=1)
+    envs.action_space.seed(1)
     for _ in range(40):
         obs, *_ = envs.step(envs.action_space.sample())
     agent, obs, action = ppo_atari.Agent(envs, args), torch.as_tensor(obs), torch.arange(64) % 4
@@ -203,13 +204,13 @@ def test_the_value_of_a_screen_can_be_learned():
     args = parse()
     envs = ppo_atari.make_envs(args, 32)
     obs, _ = envs.reset(seed=1)
+    envs.action_space.seed(1)
     for _ in range(40):
         obs, *_ = envs.step(envs.action_space.sample())
-    torch.manual_seed(0)
     agent = ppo_atari.Agent(envs, args)
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3)
     obs, action, target, zeros = torch.as_tensor(obs), torch.arange(32) % 4, torch.randn(32), torch.zeros(32)
-    for _ in range(60):
+    for _ in range(100):
         loss, metrics = ppo_atari.ppo_loss(agent, obs, action, zeros - 1.4, zeros, target, 0.1, 0.5, 0.0)
         optimizer.zero_grad()
         loss.backward()
