@@ -20,7 +20,7 @@ Papers
 
 Deviations: Adam instead of RMSprop; exploration ends at 1 % random actions after a tenth of the run, as in later work,
 and so does evaluation (the paper: 10 % and 5 %); the target network follows every 1,000 steps instead of every 40,000;
-all but the last layer is computed in bfloat16 where the processor has it; games that wait for the fire button are
+all but the last layer is computed in bfloat16 where the hardware does; games that wait for the fire button are
 started with it; the last step of a game that is broken off is not learned from, as the screen after it is not in the
 replay; at every checkpoint the environments start afresh.
 """
@@ -59,6 +59,10 @@ from tqdm import tqdm
 
 # --- config ---
 
+HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+if torch.cuda.is_available():  # then what the GPU has counts
+    HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
+
 
 @dataclass
 class Args:
@@ -82,7 +86,7 @@ class Args:
 
     num_envs: int = 16  # parallel environments (N)
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
+    bfloat16: bool = HAS_BFLOAT16  # compute all but the last layer in bfloat16; on where the hardware does
     compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
     gamma: float = 0.99  # discount factor

@@ -22,7 +22,7 @@ Papers
     [Sticky] Machado et al. 2018, Revisiting the Arcade Learning Environment, arXiv:1709.06009
 
 Deviations: four epochs instead of three, a weight of 0.5 for the value loss instead of 1, and a clip that stays 0.1
-[PPO, appendix A]; all but the last layers are computed in bfloat16 where the processor has it; games that wait for the
+[PPO, appendix A]; all but the last layers are computed in bfloat16 where the hardware does; games that wait for the
 fire button are started with it, but after a lost life the agent has to press it; a game that is broken off after
 108,000 frames bootstraps from its last screen; at every checkpoint the environments start afresh, so that a
 resumed run repeats the uninterrupted one. The evaluation samples its actions.
@@ -59,6 +59,10 @@ from tqdm import tqdm
 
 # --- config ---
 
+HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+if torch.cuda.is_available():  # then what the GPU has counts
+    HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
+
 
 @dataclass
 class Args:
@@ -83,7 +87,7 @@ class Args:
     num_envs: int = 8  # parallel environments (N)
     num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
+    bfloat16: bool = HAS_BFLOAT16  # compute all but the last layer in bfloat16; on where the hardware does
     compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
     learning_rate: float = 2.5e-4  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero

@@ -55,6 +55,10 @@ from tqdm import tqdm
 
 # --- config ---
 
+HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+if torch.cuda.is_available():  # then what the GPU has counts
+    HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
+
 # torchrun numbers the processes: the first is 0, and LOCAL_ means those of this machine.
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -84,7 +88,7 @@ class Args:
     num_envs: int = 8 * WORLD_SIZE  # parallel environments of all processes (N in each)
     num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
     episodic_life: bool = True  # in training a lost life ends the return, though the game goes on
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer; on where CPUs can
+    bfloat16: bool = HAS_BFLOAT16  # compute all but the last layer in bfloat16; on where the hardware does
     compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
     learning_rate: float = 2.5e-4  # of Adam
     anneal_lr: bool = True  # lower the learning rate linearly towards zero

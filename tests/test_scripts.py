@@ -9,6 +9,7 @@ import io
 import json
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -47,15 +48,15 @@ SCRIPTS = {
         "12800",
     ),
     "ppo_atari": (
-        *(655, 459, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(659, 462, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
     "ppo_atari_multigpu": (
-        *(718, 505, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(722, 508, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
-    "dqn_atari": (686, 483, f"{PIXELS} {DQN}", "4096"),
-    "ddqn_atari": (690, 484, f"{PIXELS} {DQN}", "4096"),
+    "dqn_atari": (690, 486, f"{PIXELS} {DQN}", "4096"),
+    "ddqn_atari": (694, 487, f"{PIXELS} {DQN}", "4096"),
 }
 SCRIPTS = {name: value for name, value in SCRIPTS.items() if (ROOT / f"{name}.py").exists()}
 MEANT_TO_VARY = {"Args", "Agent", "make_envs", "train"}
@@ -366,6 +367,18 @@ def test_no_float64_which_apples_gpus_do_not_have(name):
     with Float64Watch() as watch:
         torch.ones(2, dtype=torch.float64)
     assert watch.found
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "Breakout" in SCRIPTS[name][2]])
+@pytest.mark.parametrize("gpu", [None, False, True])
+@pytest.mark.parametrize("cpu", [False, True])
+def test_bfloat16_is_on_where_the_hardware_has_it(name, gpu, cpu, monkeypatch):
+    """The processor counts only where there is no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or gpu)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": cpu})
+    defaults = runpy.run_path(str(ROOT / f"{name}.py"), run_name=name)["Args"]()
+    assert defaults.bfloat16 == (cpu if gpu is None else gpu)
 
 
 @every_script
