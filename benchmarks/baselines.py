@@ -67,9 +67,9 @@ def main():
     with ThreadPoolExecutor(2) as pool:
         for new in pool.map(lambda job: train(*job), todo):
             rows += new
-    with PATH.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerows([("baseline", "seed", "step", "return", "scatter"), *rows])
+            with PATH.open("w", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerows([("baseline", "seed", "step", "return", "scatter"), *rows])
     draw(rows, ROOT / "docs" / "baselines.png")
 
 

@@ -23,7 +23,7 @@ PATH = HERE / "bfloat16.csv"
 def train(name: str, seed: int) -> list:
     """Train one agent on one thread; rows of the mean score of the games that ended in each interval of the grid."""
     flags = f"--total-timesteps {STEPS} --num-threads 1 --num-checkpoints 1 --eval-episodes 10 --seed {seed}"
-    flags += " --bfloat16" if name == "bfloat16" else " --no-bfloat16"
+    flags += " --device cpu --bfloat16" if name == "bfloat16" else " --device cpu --no-bfloat16"
     flags += ' --env-kwargs {"num_threads":1}'  # of the games
     with TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(ROOT / "ppo_atari.py"), *flags.split()], cwd=folder, check=True)

@@ -13,11 +13,12 @@ Papers
 
 import csv
 import importlib
+import shutil
 import sys
 
 import numpy as np
 import torch
-from scores import HERE, ROOT, TABLE, read, train
+from scores import HERE, ROOT, TABLE, read, run_folder, train
 
 NAMES = {"dqn_atari": ("DQN", "#b5541c"), "ddqn_atari": ("Double DQN", "#1f4e79")}
 NUM_ENVS, NUM_STEPS, HORIZON = 10, 1500, 500  # what comes after the horizon counts less than a hundredth: γ^500
@@ -82,7 +83,10 @@ def main(wanted: list):
     for script in wanted:
         (flags,) = (flags for name, flags, _ in TABLE if name == script and "SpaceInvaders" in flags)
         if not any(row["script"] == script for row in read(PATH)):
-            run, _ = train(script, flags, 1, [__file__, "--child", script])
+            folder = run_folder(script, flags, "1")
+            if not any(folder.glob("runs/*/overestimation.csv")):  # one that was trained without the measurement
+                shutil.rmtree(folder, ignore_errors=True)
+            run, _ = train(script, flags, "1", [__file__, "--child", script])
             found = {}  # by step: what came after the last checkpoint of a run that was stopped came again
             for line in csv.reader((run / "overestimation.csv").open()):
                 found[int(line[0])] = line

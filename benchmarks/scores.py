@@ -1,18 +1,21 @@
 """Trains every row of TABLE, seed after seed: benchmarks/scores.csv has the scores, curves.csv the way there.
 
 What is there is skipped, and a run that was stopped goes on from its last checkpoint, so this can be stopped at any
-time, in whatever way, and started again. The runs stay in runs/scores.
+time and started again (after `kill -9` stop the training itself too). The runs stay in runs/scores.
 
     python benchmarks/scores.py
     python benchmarks/scores.py --gpu                           # the 10 million steps of the papers' games, on a GPU
-    python benchmarks/scores.py --only "ppo CartPole" --redo    # the rows with all of these words in script and flags
+    python benchmarks/scores.py --only "ppo CartPole"           # the rows with all of these words
+    python benchmarks/scores.py --only "ppo CartPole" --redo    # forget them first
 """
 
 import csv
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +24,7 @@ from zlib import crc32
 
 import gymnasium as gym
 import numpy as np
+import torch
 import tyro
 from speed import HERE, ROOT, cpu_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -83,25 +87,33 @@ def main(only: str = "", curves: bool = False, redo: bool = False, gpu: bool = F
     """Train what is not in scores.csv yet.
 
     Args:
-        only: words that script and flags have to contain.
+        only: words with which one of script and flags has to begin, each.
         curves: train also what is not in curves.csv; a score that comes out the same stays as it was measured.
-        redo: train everything.
+        redo: forget first what was measured; if stopped, to be continued without.
         gpu: the rows of GPU_TABLE instead.
     """
-    for script, flags, seeds in GPU_TABLE if gpu else TABLE:
-        for seed in range(1, seeds + 1):
-            task = (script, flags, str(seed))
-            scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
-            wanted = redo or not scored or (curves and not drawn)
-            if wanted and all(word in f"{script} {flags}" for word in only.split()):
-                if redo:
-                    shutil.rmtree(run_folder(script, flags, seed), ignore_errors=True)
-                run = train(script, flags, seed, [str(ROOT / f"{script}.py")])
-                row, curve = collect(script, flags, seed, *run)
-                print(row, flush=True)
-                old = [old for old in read(SCORES) if key(old) == task and float(old["mean"]) == row["mean"]]
-                replace(SCORES, task, [row] if redo or not old else old)
-                replace(CURVES, task, curve)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the training too
+    rows = [row for row in (GPU_TABLE if gpu else TABLE) if selected(only, *row[:2])]
+    tasks = [(script, flags, str(seed)) for script, flags, seeds in rows for seed in range(1, seeds + 1)]
+    for task in tasks if redo else ():
+        shutil.rmtree(run_folder(*task), ignore_errors=True)
+        replace(SCORES, task, [])
+        replace(CURVES, task, [])
+    for task in tasks:
+        scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
+        if not scored or (curves and not drawn):
+            run = train(*task, [str(ROOT / f"{task[0]}.py")])
+            row, curve = collect(*task, *run)
+            print(row, flush=True)
+            same = [old for old in read(SCORES) if key(old) == task and float(old["mean"]) == row["mean"]]
+            replace(SCORES, task, same or [row])
+            replace(CURVES, task, curve)
+
+
+def selected(only: str, script: str, flags: str) -> bool:
+    """Whether each word of `only` begins one of script and flags; "Pendulum" and "a2c" do in a2c's Pendulum."""
+    words = re.split("[ :]", f"{script} {flags}")
+    return all(any(word.startswith(start) for word in words) for start in only.split())
 
 
 def key(row: dict) -> tuple:
@@ -117,11 +129,11 @@ def read(path: Path) -> list:
 def replace(path: Path, task: tuple, rows: list):
     """Put the rows of a task into a CSV file, which stays whole until the new one is; read anew, others write too."""
     unfinished = path.with_suffix(f".{os.getpid()}")
-    kept = [row for row in read(path) if key(row) != task]
+    rows = [row for row in read(path) if key(row) != task] + rows
     with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, rows[-1] if rows else KEY, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=position))
+        writer.writerows(sorted(rows, key=position))
     unfinished.replace(path)
 
 
@@ -131,12 +143,12 @@ def position(row: dict) -> int:
     return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
 
 
-def run_folder(script: str, flags: str, seed: int) -> Path:
+def run_folder(script: str, flags: str, seed: str) -> Path:
     """The working directory of a task's run."""
     return ROOT / "runs" / "scores" / f"{script}-{crc32(flags.encode()):08x}-{seed}"
 
 
-def train(script: str, flags: str, seed: int, program: list) -> tuple:
+def train(script: str, flags: str, seed: str, program: list) -> tuple:
     """Train one agent as a user would, by `program` and its flags, or go on with it where it was stopped.
 
     Returns the run's folder and its wall time in seconds over all sittings.
@@ -145,7 +157,7 @@ def train(script: str, flags: str, seed: int, program: list) -> tuple:
     for run in folder.glob("runs/*"):
         if not (run / "checkpoint.pt").exists():  # stopped before its first
             shutil.rmtree(run)
-    words = [*shlex.split(flags), "--seed", str(seed)]
+    words = [*shlex.split(flags), "--seed", seed]
     before, start = 0.0, time.perf_counter()
     for run in folder.glob("runs/*"):
         if (run / "results.json").exists():
@@ -159,17 +171,18 @@ def train(script: str, flags: str, seed: int, program: list) -> tuple:
 def wall_time(run: Path) -> float:
     """The seconds from the first to the last entry of the logs, of which each sitting writes one."""
     times = [[event.wall_time for event in EventFileLoader(str(log)).Load()] for log in run.glob("events.*")]
-    return sum(max(sitting) - min(sitting) for sitting in times)
+    return sum(max(sitting) - min(sitting) for sitting in times if sitting)
 
 
-def collect(script: str, flags: str, seed: int, run: Path, seconds: float) -> tuple:
+def collect(script: str, flags: str, seed: str, run: Path, seconds: float) -> tuple:
     """The row of a finished run's score and those of its evaluations on the way."""
     results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    task = {"script": script, "flags": flags, "seed": str(seed)}
+    task = {"script": script, "flags": flags, "seed": seed}
     means = {event.step: event.value for event in events.Scalars("eval/return_mean")}  # a sitting repeats the last one
     curve = [task | {"step": step, "return": round(mean, 4)} for step, mean in means.items()]
-    note = ""
+    sittings = len(list(run.glob("events.*")))
+    note = f"in {sittings} sittings" if sittings > 1 else ""
     if results["env_id"] == "Taxi-v4":
         returns, _ = evaluate(run)
         note = "on the 100 seeds of the Deep RL Course"
@@ -181,13 +194,13 @@ def collect(script: str, flags: str, seed: int, run: Path, seconds: float) -> tu
     row = {
         "script": script,
         "env_id": results["env_id"],
-        "seed": str(seed),
+        "seed": seed,
         "steps": config["total_timesteps"],
         "mean": round(results["mean_reward"], 4),
         "std": round(results["std_reward"], 4),
         "episodes": results["n_eval_episodes"],
         "seconds": round(seconds),
-        "machine": f"{os.cpu_count()} cores, {cpu_name()}" + (", GPU" if "--device cuda" in flags else ""),
+        "machine": machine(config["device"]),
         "torch": config["torch"],
         "gymnasium": config["gymnasium"],
         "commit": config["commit"],
@@ -195,6 +208,12 @@ def collect(script: str, flags: str, seed: int, run: Path, seconds: float) -> tu
         "note": note,
     }
     return row, curve
+
+
+def machine(device: str) -> str:
+    """The machine that a run on `device` needed."""
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    return f"{os.cpu_count()} cores, {cpu_name()}" + ("" if gpu == "cpu" else f", {gpu}")
 
 
 def evaluate(run: Path) -> tuple:

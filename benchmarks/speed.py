@@ -45,7 +45,7 @@ TASKS = {
         "ppo",
         40_960,
         "--env-id CartPole-v1 --num-envs 4 --num-steps 128 --num-minibatches 4 --update-epochs 4 "
-        "--learning-rate 3e-4 --no-anneal-lr --gamma 0.99 --gae-lambda 0.95 --max-grad-norm 0.5",
+        "--learning-rate 3e-4 --no-anneal-lr --gamma 0.99 --gae-lambda 0.95 --ent-coef 0 --max-grad-norm 0.5",
         "PPO",
         {"n_steps": 128, "batch_size": 128, "n_epochs": 4},
     ),
@@ -127,13 +127,18 @@ SOLVE = {
 }
 
 
-def measure_ours(task: str) -> int:
+def measure_ours(task: str, more_flags: str = "") -> int:
     """Train through the script's own `train`, with two evaluation episodes in all; returns the steps."""
     script, steps, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
-    flags += f" --total-timesteps {steps} --num-checkpoints 1 --eval-episodes 1"
+    flags += f" --device cpu --total-timesteps {steps} --num-checkpoints 1 --eval-episodes 1 {more_flags}"
     module.train(module.parse_args(flags.split()))
     return steps
+
+
+def measure_float32(task: str) -> int:
+    """As `measure_ours`, but in the precision of Stable-Baselines3; from pixels the default may be bfloat16."""
+    return measure_ours(task, "--no-bfloat16")
 
 
 def measure_sb3(task: str) -> int:
@@ -182,7 +187,7 @@ def scaling_child(script: str, contender: str, num_envs: int):
 
     module, batch_size = importlib.import_module(script), SCALING[script]
     flags = f"--num-envs {num_envs} --num-steps {batch_size // num_envs} --total-timesteps {3 * batch_size}"
-    flags += " --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100"
+    flags += " --device cpu --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100"
     args = module.parse_args(flags.split())
     if contender == "ours":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -212,7 +217,7 @@ def scaling(rounds: int, only: str):
                     words = ("--script", script, "--contender", contender, "--num-envs", num_envs)
                     rows.append(task | run_child("--child", "--scaling", *words))
                     print(rows[-1], flush=True)
-    write(HERE / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
+                    write(HERE / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
 
 
 def gpu_child(script: str, contender: str, device: str, flags: str):
@@ -237,21 +242,22 @@ def gpu_child(script: str, contender: str, device: str, flags: str):
         rates = [event.value for event in EventAccumulator(str(module.train(args))).Reload().Scalars("time/sps")]
         late = rates[len(rates) // 2 :]
         result = len(late) / sum(1 / rate for rate in late)
-    on = torch.cuda.get_device_name() if device.startswith("cuda") else device
+    on = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     print("RESULT", json.dumps({"steps_per_second": round(result), "device": on}))
 
 
 def gpu(rounds: int, only: str, device: str, flags: str):
     """The pixel scripts on a GPU with --compile and without, and the environments; writes benchmarks/gpu.csv."""
     rows = []
+    tasks = {script: f"--device {device} {GPU[script]} {flags}".strip() for script in GPU if only in script}
     for round_number in range(1, rounds + 1):
-        for script in (script for script in GPU if only in script):
+        for script, all_flags in tasks.items():
             for contender in ("compile", "no-compile", "ceiling"):
                 words = ("--script", script, "--contender", contender, "--device", device, f"--flags={flags}")
-                rows.append({"script": script, "flags": f"{GPU[script]} {flags}".strip(), "contender": contender})
-                rows[-1] |= {"round": round_number} | run_child("--child", "--gpu", *words)
+                rows.append({"script": script, "flags": all_flags, "contender": contender, "round": round_number})
+                rows[-1] |= run_child("--child", "--gpu", *words)
                 print(rows[-1], flush=True)
-                write(HERE / "gpu.csv", rows)
+                write(HERE / "gpu.csv", rows, keep=lambda row: tasks.get(row["script"]) != row["flags"])
 
 
 def memory_child(buffer_size: int):
@@ -259,7 +265,7 @@ def memory_child(buffer_size: int):
     import dqn_atari
 
     flags = f"--buffer-size {buffer_size} --learning-starts {buffer_size - 1000} --total-timesteps {buffer_size + 2000}"
-    flags += " --num-envs 50 --num-checkpoints 1 --eval-episodes 10 --max-eval-steps 1000"
+    flags += " --device cpu --num-envs 50 --num-checkpoints 1 --eval-episodes 10 --max-eval-steps 1000"
     dqn_atari.train(dqn_atari.parse_args(flags.split()))
     print("RESULT", json.dumps({"peak_memory_mib": peak_memory()}))
 
@@ -289,10 +295,10 @@ def child(task: str, contender: str, threads: int):
 
     torch.set_num_threads(threads)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports for a second
-    measure = {"ours": measure_ours, "sb3": measure_sb3, "ceiling": measure_ceiling}[contender]
+    measures = {"ours": measure_ours, "ours, float32": measure_float32, "sb3": measure_sb3, "ceiling": measure_ceiling}
     importlib.import_module("stable_baselines3" if contender == "sb3" else TASKS[task][0])
     start = time.perf_counter()
-    steps = measure(task)
+    steps = measures[contender](task)
     seconds = time.perf_counter() - start
     print("RESULT", json.dumps({"steps_per_second": round(steps / seconds), "peak_memory_mib": peak_memory()}))
 
@@ -311,17 +317,18 @@ def run_child(*words) -> dict:
 
 
 def speed(rounds: int, only: str):
-    """Tasks and contenders, interleaved; writes benchmarks/speed.csv and prints medians and ratios."""
+    """Tasks and contenders, interleaved; writes benchmarks/speed.csv after each and prints medians and ratios."""
     rows, tasks = [], [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
         for task in tasks:
             pixels, cores = "_atari" in task, os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
-            for contender, threads in (("ours", cores if pixels else 1), *rivals, ("ceiling", 1)):
+            ours = [("ours", cores), ("ours, float32", cores)] if pixels else [("ours", 1)]
+            for contender, threads in (*ours, *rivals, ("ceiling", 1)):
                 result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
                 rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
                 print(rows[-1], flush=True)
-    write(HERE / "speed.csv", rows, keep=lambda row: row["task"] not in tasks)
+                write(HERE / "speed.csv", rows, keep=lambda row: row["task"] not in tasks)
     for task in tasks:
         rates = {}
         for row in rows:
@@ -335,9 +342,11 @@ def speed(rounds: int, only: str):
         if not TASKS[task][3]:
             continue
         sb3 = [max(rivals) for rivals in zip(*(rates[key] for key in rates if "sb3" in key))]
-        ratios = [a / b for a, b in zip(ours, sb3)]
         print(f"    Stable-Baselines3 {summary(sb3)}")
-        print(f"    {median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}] times it in the same round")
+        for contender in ("ours", "ours, float32"):
+            ratios = [a / b for a, b in zip(rates.get(contender, ()), sb3)]
+            if ratios:
+                print(f"    {median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}] times it: {contender}")
 
 
 def summary(rates: list) -> str:
@@ -414,17 +423,19 @@ def solve(seeds: int, only: str):
                 result = run_child("--child", "--solve", *words)
                 rows.append({"task": env_id, "contender": contender, "seed": seed} | result)
                 print(rows[-1], flush=True)
-    write(HERE / "solve.csv", rows, keep=lambda row: row["task"] not in tasks)
+                write(HERE / "solve.csv", rows, keep=lambda row: row["task"] not in tasks)
 
 
 def write(path: Path, rows: list, keep=lambda row: False):
     """`rows` as CSV, each with the machine it was measured on, after those rows of the file to `keep`."""
     machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version()}
     kept = [row for row in csv.DictReader(path.open()) if keep(row)] if path.exists() else []
-    with path.open("w", newline="") as file:
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *machine], lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, *(row | machine for row in rows)])
+    unfinished.replace(path)
 
 
 def cpu_name() -> str:
@@ -448,7 +459,7 @@ class Options:
     memory: bool = False  # measure the memory of replays instead
     child: bool = False  # (internal) measure one contender
     task: str = "ppo LunarLander-v3, 16 envs"  # (internal) what to measure
-    contender: str = "ours"  # (internal) ours, sb3 or ceiling
+    contender: str = "ours"  # (internal) ours, sb3, ceiling, ...
     threads: int = 1  # (internal) CPU threads of torch
     env_id: str = "CartPole-v1"  # (internal) task of one run of --solve
     seed: int = 1  # (internal) its seed

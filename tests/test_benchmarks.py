@@ -19,7 +19,7 @@ import scores  # noqa: E402
 import speed  # noqa: E402
 
 README = (ROOT / "README.md").read_text().replace("−", "-")
-TASK = ("q_learning", "--total-timesteps 40000 --num-checkpoints 4 --eval-episodes 50", 1)
+TASK = ("q_learning", "--total-timesteps 40000 --num-checkpoints 4 --eval-episodes 50", "1")
 PROGRAM = [str(ROOT / "q_learning.py")]
 KILLED_AT_20000 = """
 import os, sys
@@ -47,7 +47,8 @@ def test_killed_score_goes_on_where_it_was_and_comes_out_the_same(tmp_path, monk
     run, seconds = scores.train(*TASK, PROGRAM)
     killed = scores.collect(*TASK, run, seconds)
     assert killed[1] == whole[1] and len(killed[1]) == 5
-    assert killed[0] | {"seconds": 0} == whole[0] | {"seconds": 0}
+    assert (whole[0]["note"], killed[0]["note"]) == ("", "in 2 sittings")
+    assert killed[0] | {"seconds": 0, "note": ""} == whole[0] | {"seconds": 0}
     assert len(list(run.glob("events.*"))) == 2
     assert 1001 < seconds < 1060
     assert scores.train(*TASK, ["not started again"]) == (run, 1000)
@@ -64,6 +65,44 @@ def test_wall_time_leaves_out_the_time_between_two_sittings(tmp_path, monkeypatc
 
     monkeypatch.setattr(scores, "EventFileLoader", load)
     assert scores.wall_time(tmp_path) == 6
+
+
+def test_redo_forgets_and_then_trains_what_was_named(tmp_path, monkeypatch):
+    """Stopped in between and continued without, it is none the worse."""
+    task, other = ("q_learning", "--total-timesteps 200 --eval-episodes 10", 2), ("ppo", "--env-id Other-v0", 1)
+    monkeypatch.setattr(scores, "ROOT", tmp_path)
+    monkeypatch.setattr(scores, "TABLE", [task, other])
+    for name in ("SCORES", "CURVES"):
+        monkeypatch.setattr(scores, name, tmp_path / f"{name}.csv")
+        rows = [{"script": script, "flags": flags, "seed": "1", "mean": "7"} for script, flags, _ in (task, other)]
+        (tmp_path / f"{name}.csv").write_text("script,flags,seed,mean\n")
+        for row in rows:
+            scores.replace(tmp_path / f"{name}.csv", scores.key(row), [row])
+    trained = []
+
+    def train(script, flags, seed, program):
+        trained.append((script, flags, seed))
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return ()
+
+    monkeypatch.setattr(scores, "train", train)
+    row = {"script": task[0], "flags": task[1], "mean": 0.5}
+    monkeypatch.setattr(scores, "collect", lambda script, flags, seed: (row | {"seed": seed}, [row | {"seed": seed}]))
+    with pytest.raises(KeyboardInterrupt):
+        scores.main(only="q_learning", redo=True)
+    assert [(row["script"], row["mean"]) for row in scores.read(scores.SCORES)] == [("q_learning", "0.5"), ("ppo", "7")]
+    scores.main(only="q_learning")
+    assert [seed for *_, seed in trained] == ["1", "2", "2"]
+    assert [row["mean"] for row in scores.read(scores.SCORES)] == ["0.5", "0.5", "7"]
+
+
+def test_words_select_rows_by_how_they_begin():
+    flags = "--env-id flappy_bird_gymnasium:FlappyBird-v0 --num-envs 2"
+    assert all(
+        scores.selected(only, "dqn_atari", flags) for only in ("", "dqn_atari", "FlappyBird dqn", "--num-envs 2")
+    )
+    assert not any(scores.selected(only, "ddqn_atari", flags) for only in ("dqn_atari", "dqn", "ddqn Pong"))
 
 
 def test_scores_are_kept_in_the_order_of_the_table(tmp_path):
@@ -163,6 +202,16 @@ def test_readme_has_every_speed(task):
         peak += f" and {median(memory['sb3']):.0f}"
     row = f"| {speed.summary(ours)} | {rival} | {ratio} | {median(ceiling):,.0f} | {share:.0%} | {peak} |"
     assert row.replace("%", " %") in README, row
+
+
+def test_readme_has_the_speeds_in_float32():
+    rates = {}
+    for row in scores.read(speed.HERE / "speed.csv"):
+        rates.setdefault((row["task"], row["contender"]), []).append(int(row["steps_per_second"]))
+    for task, contender in rates:
+        if contender == "ours, float32":
+            ratios = [a / b for a, b in zip(rates[task, contender], rates[task, "sb3"])]
+            assert f"{median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]" in README, task
 
 
 def test_readme_has_every_time_to_solve():
