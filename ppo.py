@@ -4,12 +4,12 @@ Collect a rollout with the current policy, estimate advantages, then take severa
 gradient steps on the clipped surrogate, which gains nothing from moving the policy further than the clip.
 Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flattened into one).
 
-    python ppo.py                          # LunarLander-v3: 264 to 273 for 5 of 6 seeds, 145 for one, in 100 s
+    python ppo.py                          # LunarLander-v3: 264 to 273 for 5 of 6 seeds, 145 for one, in 80 to 104 s
     python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 \
         --learning-rate 1e-3 --gamma 0.98 --ent-coef 0                              # 500 in 11 s
     python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0                    # 193, 262, 269 in 83 s
     python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 \
-        --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0             # -163 in 23 s
+        --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0  # -163, -188, -168 in 23 to 30 s
 
 Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347

@@ -60,7 +60,7 @@ from tqdm import tqdm
 # --- config ---
 
 HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-if torch.cuda.is_available():  # then what the GPU has counts
+if torch.cuda.is_available():  # then what the GPU has counts, for --device cpu too
     HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -9,8 +9,8 @@ before a step of the optimizer the gradients are averaged over all processes, so
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 ppo_atari_multigpu.py
 
 The last line is started on each of two machines, of which HOST is one. The first process evaluates, saves and logs;
-episodes.csv has the games of its own environments. --num-envs counts those of all processes, and with one process the
-weights are those of ppo_atari.py, bit for bit.
+episodes.csv has the games of its own environments. --num-envs counts those of all processes, and with one process
+on a CPU the weights are those of ppo_atari.py, bit for bit.
 
 Papers
     [PPO] Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -56,7 +56,7 @@ from tqdm import tqdm
 # --- config ---
 
 HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
-if torch.cuda.is_available():  # then what the GPU has counts
+if torch.cuda.is_available():  # then what the GPU has counts, for --device cpu too
     HAS_BFLOAT16 = torch.cuda.is_bf16_supported(including_emulation=False)
 
 # torchrun numbers the processes: the first is 0, and LOCAL_ means those of this machine.
@@ -322,19 +322,23 @@ def average(tensors: list):
 
 def join_processes(device: torch.device) -> torch.device:
     """Meet the other processes; returns this one's device. Without torchrun it is alone."""
-    alone = {} if "RANK" in os.environ else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    options = {} if "RANK" in os.environ else {"store": distributed.HashStore(), "rank": 0, "world_size": 1}
+    options |= {"timeout": timedelta(hours=2)}  # of an evaluation
     if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK)
-        torch.cuda.set_device(device)
+        if LOCAL_RANK >= torch.cuda.device_count():
+            refuse(f"--device {device}: each process needs a GPU, and this machine has {torch.cuda.device_count()}")
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
+        options |= {"device_id": device}  # to meet at once, not at the first average
     if not distributed.is_initialized():
-        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)  # of an evaluation
-        distributed.init_process_group(backend, timeout=timeout, **alone)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", **options)
     return device
 
 
 def train(args: Args) -> Path | None:
     """Train one agent, evaluate it, and return the run folder, in the first process."""
     torch.set_num_threads(args.num_threads)
+    if args.device != "cpu" and LOCAL_RANK < torch.cuda.device_count():
+        torch.cuda.set_device(LOCAL_RANK)  # which is "cuda" from now on
     envs = open_envs(args, args.num_envs // WORLD_SIZE)
     device = join_processes(pick_device(args.device, envs.single_observation_space))
     seed_everything(args.seed)  # the same in all processes, and so are the weights

@@ -6,7 +6,7 @@ the next state. That target asks for the best next action whatever the agent rea
 agent may explore: it behaves ε-greedily, which is to take a random action now and then, and the best one otherwise.
 Observations and actions must be Discrete. It runs on the CPU.
 
-    python q_learning.py                                                  # FrozenLake-v1: 0.74 reach the goal, in 8 s
+    python q_learning.py                                                  # FrozenLake-v1: 0.74 reach the goal
     python q_learning.py --env-kwargs '{"is_slippery": false}'            # 1.00 in 7 s
     python q_learning.py --env-id FrozenLake8x8-v1 --total-timesteps 2e6  # 0.89 to 0.90
     python q_learning.py --env-id Taxi-v4 --eval-episodes 100             # 7.56 on the Deep RL Course's seeds, in 8 s

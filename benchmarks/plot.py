@@ -18,7 +18,7 @@ REFERENCES = [
     ("q_learning", "CliffWalking", -13, "optimum"),
     ("q_learning", "", 0.744, "optimum"),
     ("reinforce", "Flappy", None, None),
-    ("reinforce", "", 350, "the Deep RL Course asks for"),
+    ("reinforce", "", 350, "asked for by the Deep RL Course"),
     ("a2c_continuous", "LunarLander", 84, "RL Zoo, 5 M steps"),
     ("a2c_continuous", "Panda", -0.24, "best card on the Hub"),
     ("a2c_continuous", "Pendulum", -163, "RL Zoo, 1 M steps"),
@@ -26,8 +26,8 @@ REFERENCES = [
     ("a2c_continuous", "", 300, "RL Zoo, 5 M steps"),
     ("ppo", "CartPole", 500, "RL Zoo, 100 k steps"),
     ("ppo", "Acrobot", -73.5, "RL Zoo, 1 M steps"),
-    ("ppo", "Continuous", None, None),
-    ("ppo", "Pendulum", None, None),
+    ("ppo", "Continuous", 271, "RL Zoo, 1 M steps"),
+    ("ppo", "Pendulum", -172, "RL Zoo, 100 k steps"),
     ("ppo", "", 242, "RL Zoo, 1 M steps"),
     ("ppo_atari", "Pong", 21.0, "RL Zoo, 10 M steps"),
     ("ppo_atari", "Breakout", 415, "CleanRL, 10 M steps"),
@@ -130,8 +130,8 @@ def draw_scaling(rates: list, memory: list):
         axis.set_xticks(list(rounds), map(str, rounds), minor=False)
         axis.legend(frameon=False)
     sizes = [int(row["buffer_size"]) / 1e6 for row in memory]
-    last.plot(sizes, [int(row["peak_memory_mib"]) / 1024 for row in memory], color=COLOR, marker="o")
-    last.set(title="dqn_atari.py", xlabel="million steps in the replay", ylabel="peak memory, GiB")
+    last.plot(sizes, [int(row["peak_memory_mib"]) * 1024**2 / 1e9 for row in memory], color=COLOR, marker="o")
+    last.set(title="dqn_atari.py", xlabel="million steps in the replay", ylabel="peak memory, GB")
     last.set(xlim=(0, None), ylim=(0, None))
     for axis in (*axes, last):
         axis.spines[["top", "right"]].set_visible(False)

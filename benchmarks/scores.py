@@ -212,7 +212,7 @@ def collect(script: str, flags: str, seed: str, run: Path, seconds: float) -> tu
 
 def machine(device: str) -> str:
     """The machine that a run on `device` needed."""
-    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() and "cuda" in device else device
     return f"{os.cpu_count()} cores, {cpu_name()}" + ("" if gpu == "cpu" else f", {gpu}")
 
 

@@ -223,6 +223,7 @@ def scaling(rounds: int, only: str):
 def gpu_child(script: str, contender: str, device: str, flags: str):
     """Steps per second of the second half of a run, when all is loaded and compiled, as JSON."""
     import torch
+    from torch._dynamo.utils import counters
 
     module = importlib.import_module(script)
     args = module.parse_args(f"{GPU[script]} --device {device} {flags}".split())
@@ -243,7 +244,9 @@ def gpu_child(script: str, contender: str, device: str, flags: str):
         late = rates[len(rates) // 2 :]
         result = len(late) / sum(1 / rate for rate in late)
     on = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    print("RESULT", json.dumps({"steps_per_second": round(result), "device": on}))
+    # Inputs that are copied into CUDA graphs: a few if each is captured once, many if again and again, none if none is.
+    copied = counters["inductor"]["cudagraph_recorded_non_static_inputs"]
+    print("RESULT", json.dumps({"steps_per_second": round(result), "cuda_graph_inputs": copied, "device": on}))
 
 
 def gpu(rounds: int, only: str, device: str, flags: str):

@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT
 from test_scripts import flags_of, load, run
 
+import ppo_atari_multigpu
+
 SPY = """
 import os, sys
 import torch
@@ -52,6 +54,26 @@ script.train(script.parse_args(sys.argv[1:]))
 torch.save({"steps": steps, "networks": networks, "seen": seen}, f"rank-{script.RANK}.pt")
 """
 FLAGS = [*flags_of("ppo_atari_multigpu"), "--num-checkpoints", "4"]
+
+
+@pytest.mark.parametrize(("local_rank", "gpus", "name", "expected"), [
+    (0, 1, "cuda", "cuda:0"), (1, 2, "cuda", "cuda:1"), (0, 2, "cuda:1", "cuda:1"), (1, 1, "cuda", None),
+])  # fmt: skip
+def test_each_process_has_a_gpu_of_its_own_or_is_refused(local_rank, gpus, name, expected, monkeypatch, capsys):
+    joined = {}
+    monkeypatch.setattr(ppo_atari_multigpu, "LOCAL_RANK", local_rank)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
+    )
+    if expected is None:
+        with pytest.raises(SystemExit) as error:
+            ppo_atari_multigpu.join_processes(torch.device(name))
+        assert error.value.code == 2 and "each process needs a GPU, and this machine has 1" in capsys.readouterr().err
+    else:
+        assert ppo_atari_multigpu.join_processes(torch.device(name)) == torch.device(expected)
+        assert joined["backend"] == "nccl" and joined["device_id"] == torch.device(expected)
 
 
 def torchrun(*flags, stop_at=-1, processes=2):

@@ -52,7 +52,7 @@ SCRIPTS = {
         "4096",
     ),
     "ppo_atari_multigpu": (
-        *(722, 508, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
+        *(726, 512, f"{PIXELS} --total-timesteps 512 --num-envs 2 --num-steps 16 --num-minibatches 2"),
         "4096",
     ),
     "dqn_atari": (690, 486, f"{PIXELS} {DQN}", "4096"),
