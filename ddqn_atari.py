@@ -5,8 +5,8 @@ Double DQN lets one network choose the action and the other value it. Nothing el
 `diff dqn_atari.py ddqn_atari.py` is the lesson.
 
     python ddqn_atari.py                                          # Breakout, 10 M steps: not measured yet
-    python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 \
-        --train-frequency 2                                       # not measured yet
+    python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 --learning-starts 10000 \
+        --train-frequency 2 --num-threads 1                       # -7.1 ± 5.7 in 114 min, and still rising
     python ddqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 \
         --learning-starts 10000 --num-threads 1                   # 597 ± 180 in 79 min
 
