@@ -1,55 +1,50 @@
-"""Proximal policy optimization (PPO) on vector observations.
+"""Proximal policy optimization (PPO) for vector observations.
 
-Collect a rollout with the current policy, estimate advantages, then take several epochs of minibatch
-gradient steps on the clipped surrogate, which gains nothing from moving the policy further than the clip.
-Actions may be Discrete or Box; observations are a Box (Dict and Tuple are flattened into one).
+Collect a rollout with the current policy, estimate how much better each action was than expected, and take several
+epochs of minibatch gradient steps on the clipped surrogate objective. Clipping removes the incentive to move the
+policy far from the one that collected the data. Actions may be Discrete or Box.
 
-    python ppo.py                          # LunarLander-v3: 264 to 273 for 5 of 6 seeds, 145 for one, in 80 to 104 s
-    python ppo.py --env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 \
-        --learning-rate 1e-3 --gamma 0.98 --ent-coef 0                              # 500 in 11 s
-    python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0                    # 193, 262, 269 in 83 s
-    python ppo.py --env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 \
-        --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0  # -163, -188, -168 in 23 to 30 s
+    python ppo.py                                                       # LunarLander-v3
+    python ppo.py --env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 \
+        --learning-rate 1e-3 --gamma 0.98 --ent-coef 0
+    python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0
+    python ppo.py --env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 \
+        --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0
 
 Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
-    [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage
-           Estimation, arXiv:1506.02438
-    [Chan] Chan et al. 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
+    [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
+           arXiv:1506.02438
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
+    [Chan] Chan et al. 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
     [KL]   Schulman 2020, Approximating KL Divergence, joschu.net/blog/kl-approx.html
 
-Deviations: the value loss is not clipped; a truncated episode bootstraps from its true last observation;
-at every checkpoint the environments start afresh, so that a resumed run repeats the uninterrupted one.
+Deviations from [PPO]: advantages are normalized per minibatch; a truncated episode bootstraps from its last
+observation; the environments start anew at each checkpoint.
 """
 
-import gc
 import json
 import math
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections import deque
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import torch
 import tyro
 from gymnasium.spaces import Box, Discrete
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -58,50 +53,49 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """The flags: first those that all scripts share, then those of this algorithm."""
+    """Command-line flags: first those that every script has, then those of this algorithm."""
 
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 700_000  # environment steps, all environments together
-    device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
-    num_threads: int = 1  # CPU threads of torch; small networks gain nothing from more than one
-    num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
+    total_timesteps: int = 700_000  # environment steps, summed over all environments
+    device: str = "cpu"  # cpu, cuda, cuda:1, mps or auto; networks this small are fastest on the CPU
+    num_threads: int = 1  # CPU threads used by torch
+    num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
     eval_episodes: int = 100  # episodes of the final evaluation; a tenth of them at each checkpoint
-    eval_deterministic: bool = True  # evaluate the most likely action instead of a sampled one
-    max_eval_steps: int = 10_000  # steps after which an evaluation episode is broken off
-    capture_video: bool = False  # film one evaluation episode at each checkpoint
-    track: bool = False  # log to Weights & Biases too
-    wandb_project_name: str = "solorl"  # project of --track
-    wandb_entity: str | None = None  # user or team of --track
-    resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
+    eval_deterministic: bool = True  # evaluate with the most likely or best action, not with a random one
+    max_eval_steps: int = 10_000  # an evaluation episode is stopped after this many steps
+    capture_video: bool = False  # record an evaluation episode at each checkpoint
+    track: bool = False  # log to Weights & Biases as well as TensorBoard
+    wandb_project_name: str = "solorl"  # wandb project of --track
+    wandb_entity: str | None = None  # wandb user or team of --track
+    resume: str | None = None  # run folder to continue from its last checkpoint
 
     num_envs: int = 16  # parallel environments (N)
-    num_steps: int = 128  # steps per environment in a rollout (T); a run is whole rollouts
-    vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process an environment, if slow
-    normalize_observations: bool = False  # by their running mean and variance, saved with the agent
-    compile: bool = False  # compile the network first, which takes a minute; for long runs on a GPU
-    learning_rate: float = 7e-4  # of Adam
-    anneal_lr: bool = True  # lower the learning rate linearly towards zero
+    num_steps: int = 128  # steps per environment in each rollout (T)
+    vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process per environment, for slow environments
+    normalize_observations: bool = False  # scale by the running mean and variance, which are saved with the agent
+    learning_rate: float = 7e-4  # of Adam, at the start
+    anneal_lr: bool = True  # decrease the learning rate linearly to zero
     gamma: float = 0.999  # discount factor
     gae_lambda: float = 0.98  # λ of generalized advantage estimation
-    num_minibatches: int = 16  # minibatches per epoch
+    num_minibatches: int = 16  # minibatches per epoch, of B steps each
     update_epochs: int = 10  # passes over each rollout
-    clip_coef: float = 0.2  # ε of the clipped surrogate
+    clip_coef: float = 0.2  # ε of the clipped surrogate objective
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
-    max_grad_norm: float = 10.0  # gradients are scaled down to this norm
-    target_kl: float | None = None  # stop the epochs of an update early above this KL
+    max_grad_norm: float = 10.0  # larger gradients are scaled down to this norm
+    target_kl: float | None = None  # end the epochs early when the KL of the last minibatch is above this
 
     def check(self):
-        """Refuse values that do not fit together, before anything is built."""
+        """Refuse values that do not fit together."""
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
-            refuse(f"--num-minibatches {self.num_minibatches}: {batch_size} steps need equal minibatches of 2 or more")
+            fail(f"--num-minibatches {self.num_minibatches}: must divide {batch_size} steps into parts of 2 or more")
         if self.total_timesteps < batch_size:
-            refuse(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
+            fail(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
         if max(self.gamma, self.gae_lambda) > 1:
-            refuse(f"--gamma {self.gamma} --gae-lambda {self.gae_lambda}: must be at most 1")
+            fail("--gamma and --gae-lambda must be at most 1")
 
 
 # --- environment ---
@@ -110,41 +104,28 @@ class Args:
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool = False) -> VectorEnv:
     """`num_envs` copies of the environment with float32 vector observations.
 
-    Training resets an ended episode within the step; infos["final_obs"] then holds the true last observation.
-    Evaluation resets at the next step, so that render() still shows the end.
+    In training, step() resets an ended episode at once; its last observation is in infos["final_obs"]. In evaluation
+    the reset waits for the next step, so that render() can still show the end.
     """
-
-    def make_env():
-        """One environment, its spaces checked and its observations flattened."""
-        if re.search("^ALE/|NoFrameskip", args.env_id):
-            refuse(f"--env-id {args.env_id}: an Atari game, see ppo_atari.py")
-        render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
-        env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
-        if isinstance(env.observation_space, Discrete) and isinstance(env.action_space, Discrete):
-            refuse(f"--env-id {args.env_id}: observations {env.observation_space} need a table, see q_learning.py")
-        if not isinstance(env.action_space, (Box, Discrete)):
-            refuse(f"--env-id {args.env_id}: actions {env.action_space} are neither Discrete nor Box")
-        if not isinstance(env.observation_space, Box) or len(env.observation_space.shape) != 1:
-            with suppress(NotImplementedError):  # of a space that is not gymnasium's own
-                env = gym.wrappers.FlattenObservation(env)
-        if not isinstance(env.observation_space, Box):
-            refuse(f"--env-id {args.env_id}: observations {env.observation_space} cannot be flattened; wrap them")
-        if env.observation_space.dtype != np.float32:
-            env = gym.wrappers.DtypeObservation(env, np.float32)
-        return env
-
-    if evaluation:
-        return SyncVectorEnv([make_env] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
-    vector_env = AsyncVectorEnv if args.vectorization_mode == "async" else SyncVectorEnv
-    envs = vector_env([make_env] * num_envs, autoreset_mode=AutoresetMode.SAME_STEP)
-    return gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    envs = gym.make_vec(
+        args.env_id,
+        num_envs,
+        vectorization_mode="sync" if evaluation else args.vectorization_mode,
+        vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP},
+        wrappers=[gym.wrappers.FlattenObservation, lambda env: gym.wrappers.DtypeObservation(env, np.float32)],
+        **({"render_mode": "rgb_array"} if render else {}),
+        **json.loads(args.env_kwargs),
+    )
+    if not isinstance(envs.single_action_space, (Box, Discrete)):
+        fail(f"--env-id {args.env_id}: actions {envs.single_action_space} are neither Discrete nor Box")
+    return envs if evaluation else gym.wrappers.vector.RecordEpisodeStatistics(envs)
 
 
 # --- network ---
 
 
-class Normalizer(nn.Module):
-    """Scales its input by the mean and variance of all that `update` was shown, (..., D) float32."""
+class RunningNorm(nn.Module):
+    """Normalizes observations (..., D) by the mean and variance of all those passed to `update`."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -156,14 +137,13 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) / (self.var + 1e-8).sqrt()).clamp(-10, 10)
 
     def update(self, obs):
-        """Merge the moments of `obs` (..., D) into the running ones, as for two samples [Chan]."""
-        var, mean = torch.var_mean(obs.flatten(end_dim=-2), dim=0, correction=0)
-        count = obs.numel() / obs.shape[-1]
-        weight = count / (self.count + count)
-        delta = mean - self.mean
-        self.mean += delta * weight
-        self.var += (var - self.var) * weight + delta.square() * weight * (1 - weight)
-        self.count += count
+        """Merge the mean and variance of `obs` (B, D) into the running ones [Chan]."""
+        batch_var, batch_mean = torch.var_mean(obs, dim=0, correction=0)
+        weight = len(obs) / (self.count + len(obs))
+        delta = batch_mean - self.mean
+        self.mean += weight * delta
+        self.var += weight * (batch_var - self.var) + weight * (1 - weight) * delta.square()
+        self.count += len(obs)
 
 
 def make_layer(num_inputs: int, num_outputs: int, gain: float = 2**0.5) -> nn.Linear:
@@ -175,26 +155,26 @@ def make_layer(num_inputs: int, num_outputs: int, gain: float = 2**0.5) -> nn.Li
 
 
 def make_mlp(num_inputs: int, num_outputs: int, gain: float) -> nn.Sequential:
-    """Two hidden layers of 64 tanh units [PPO, §6.1], and a linear one scaled by `gain`."""
+    """Two hidden layers of 64 tanh units [PPO, §6.1]; `gain` scales the weights of the output layer."""
     hidden = [make_layer(num_inputs, 64), nn.Tanh(), make_layer(64, 64), nn.Tanh()]
     return nn.Sequential(*hidden, make_layer(64, num_outputs, gain))
 
 
 class Categorical:
-    """The distribution over actions 0 to A - 1 with `logits` (B, A); torch's own makes an update 14 % slower."""
+    """A distribution over the actions 0 to A - 1. (torch's own makes training a fifth to a third slower.)"""
 
     def __init__(self, logits):
-        self.logprobs = logits.log_softmax(-1)
+        self.logprobs = logits.log_softmax(-1)  # (B, A)
 
     @property
     def mode(self):
-        """The most likely action, (B,) int64."""
+        """The most likely action (B,)."""
         return self.logprobs.argmax(-1)
 
     def sample(self):
-        """A random action, (B,) int64: the shortest of waiting times whose rates are the probabilities."""
-        waiting = torch.empty_like(self.logprobs).exponential_() / self.logprobs.exp()
-        return waiting.argmin(-1)
+        """A random action (B,): with exponential noise, p[a] / noise[a] is the largest with probability p[a]."""
+        noise = torch.empty_like(self.logprobs).exponential_()
+        return (self.logprobs.exp() / noise).argmax(-1)
 
     def log_prob(self, action):
         """Log-probability (B,) of `action` (B,)."""
@@ -206,108 +186,113 @@ class Categorical:
 
 
 class Gaussian:
-    """Independent normal distributions of D numbers; torch's own takes 1.6 times as long to act."""
+    """Independent normal distributions over the A numbers of an action."""
 
     def __init__(self, mean, log_std):
-        self.mode, self.log_std = mean, log_std
+        self.mode = mean  # (B, A), also the most likely action
+        self.log_std = log_std  # (A,)
 
     def sample(self):
-        """A random action, (B, D)."""
+        """A random action (B, A)."""
         return self.mode + self.log_std.exp() * torch.randn_like(self.mode)
 
     def log_prob(self, action):
-        """Logarithm (B,) of the density at `action` (B, D)."""
+        """Log-density (B,) of `action` (B, A)."""
         z = (action - self.mode) / self.log_std.exp()
-        return -(z.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).sum(-1)
+        return -(z.square() / 2 + self.log_std + math.log(2 * math.pi) / 2).flatten(1).sum(-1)
 
     def entropy(self):
-        """Entropy () in nats, which does not depend on the mean."""
-        return (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum(-1)
+        """Entropy () in nats; it does not depend on the mean."""
+        return (self.log_std + (1 + math.log(2 * math.pi)) / 2).sum()
 
 
 class Agent(nn.Module):
-    """A policy and a value function, two networks that share nothing but the normalised observation."""
+    """The policy (actor) and the value function (critic), two separate networks."""
 
     def __init__(self, envs: VectorEnv, args: Args):
         super().__init__()
         self.action_space = envs.single_action_space
         self.discrete = isinstance(self.action_space, Discrete)
         num_inputs = envs.single_observation_space.shape[0]
-        num_outputs = int(self.action_space.n) if self.discrete else int(np.prod(self.action_space.shape))
-        self.normalize = Normalizer(num_inputs) if args.normalize_observations else nn.Identity()
-        self.actor = make_mlp(num_inputs, num_outputs, 0.01)
-        self.critic = make_mlp(num_inputs, 1, 1.0)
+        num_outputs = int(self.action_space.n) if self.discrete else math.prod(self.action_space.shape)
+        self.normalize = RunningNorm(num_inputs) if args.normalize_observations else nn.Identity()
+        self.actor = make_mlp(num_inputs, num_outputs, gain=0.01)
+        self.critic = make_mlp(num_inputs, 1, gain=1.0)
         if not self.discrete:
-            self.log_std = nn.Parameter(torch.zeros(num_outputs))  # the same in every state [37, continuous actions 2]
+            shape = self.action_space.shape
+            self.log_std = nn.Parameter(torch.zeros(shape))  # the same in every state [37, continuous actions 2]
+
+    def policy(self, obs):
+        """The distribution over actions for the observations `obs` (B, D) float32."""
+        output = self.actor(self.normalize(obs))
+        if self.discrete:
+            return Categorical(output)
+        return Gaussian(output.view(-1, *self.log_std.shape), self.log_std)
+
+    def value(self, obs):
+        """The value (B,) of the observations `obs` (B, D) float32."""
+        return self.critic(self.normalize(obs)).squeeze(-1)
 
     def forward(self, obs):
-        """The policy's distribution over actions and the value (N,) of `obs` (N, D) float32."""
-        obs = self.normalize(obs)
-        output, value = self.actor(obs), self.critic(obs).squeeze(-1)
-        if self.discrete:
-            return Categorical(logits=output), value
-        return Gaussian(output, self.log_std), value
+        """The policy and the value (B,) for the observations `obs` (B, D) float32."""
+        return self.policy(obs), self.value(obs)
 
-    def observe(self, obs):
-        """Let the running statistics of --normalize-observations see `obs` (..., D)."""
-        if isinstance(self.normalize, Normalizer):
+    def update_normalizer(self, obs):
+        """Update the running mean and variance of --normalize-observations with `obs` (B, D)."""
+        if isinstance(self.normalize, RunningNorm):
             self.normalize.update(obs)
 
     def to_env(self, action) -> np.ndarray:
-        """`action` as the environment wants it. Only the environment sees it clipped: the log-probability
-        that PPO learns from is that of the action that was sampled."""
+        """`action` as the environment takes it. A Box action is clipped here and nowhere else: the log-probability
+        that PPO learns from belongs to the action that was sampled."""
         action = action.cpu().numpy()
         if self.discrete:
             return action + self.action_space.start
-        low, high = self.action_space.low, self.action_space.high
-        return action.reshape(-1, *low.shape).clip(low, high).astype(low.dtype)
+        return action.clip(self.action_space.low, self.action_space.high).astype(self.action_space.dtype)
 
     @torch.no_grad()
     def act(self, obs, deterministic: bool) -> np.ndarray:
-        """Actions for the environment from `obs` (N, D) float32: the most likely ones, or sampled."""
-        policy, _ = self(obs)
+        """Actions for the environment, the most likely ones or sampled ones, for `obs` (N, D) float32."""
+        policy = self.policy(obs)
         return self.to_env(policy.mode if deterministic else policy.sample())
 
 
 # --- algorithm ---
 
 
-def compute_gae(rewards, values, next_values, terminated, done, gamma, gae_lambda):
-    """Generalized advantage estimates [GAE, Eq. 16]. All inputs (T, N), flags bool; returns (T, N).
+def compute_gae(rewards, values, last_value, dones, gamma, gae_lambda):
+    """Generalized advantage estimates (T, N) of a rollout.
 
-    `next_values[t]` is the value of the true successor, also where the episode was truncated: `terminated`
-    stops the bootstrap, `done` (terminated or truncated) stops the sum.
+    `rewards`, `values` and `dones` are (T, N); the last reward of a truncated episode includes its bootstrap.
+    `last_value` (N,) is the value of the observation after the last step.
     """
-    advantages = rewards + gamma * next_values * ~terminated - values  # [GAE, §3]
-    decay = gamma * gae_lambda * ~done
-    for t in reversed(range(len(rewards) - 1)):
-        advantages[t] += decay[t] * advantages[t + 1]  # [GAE, Eq. 16]
+    advantages = torch.zeros_like(rewards)
+    advantage = 0
+    next_value = last_value
+    for t in reversed(range(len(rewards))):
+        td_error = rewards[t] + gamma * next_value * ~dones[t] - values[t]  # [GAE, §3]
+        advantage = td_error + gamma * gae_lambda * advantage * ~dones[t]  # [GAE, Eq. 16]
+        advantages[t] = advantage
+        next_value = values[t]
     return advantages
 
 
-def sample_action(agent, obs):
-    """Actions that the policy takes in `obs` (N, ...), their log-probabilities, and the values, each (N, ...)."""
-    policy, value = agent(obs)
-    action = policy.sample()
-    return action, policy.log_prob(action), value
-
-
-def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef, vf_coef, ent_coef):
-    """The loss of one minibatch, every tensor (B, ...), and a dict of scalar tensors worth logging."""
+def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, args):
+    """The loss of a minibatch, whose tensors are (B, ...), and a dict of scalar tensors to log."""
     policy, value = agent(obs)
     log_ratio = policy.log_prob(action) - old_logprob
     ratio = log_ratio.exp()  # [PPO, §3]
-    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)  # [37, detail 7]
     policy_loss = -torch.min(ratio * advantage, clipped_ratio * advantage).mean()  # [PPO, Eq. 7]
     value_loss = (value - value_target).square().mean()  # [PPO, §5]
     entropy = policy.entropy().mean()
-    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy  # [PPO, Eq. 9]
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # [PPO, Eq. 9]
     return loss, {
         "loss/policy": policy_loss.detach(),
         "loss/value": value_loss.detach(),
         "loss/entropy": entropy.detach(),
-        "train/approx_kl": (ratio - 1 - log_ratio).detach().mean(),  # old to new policy [KL]
+        "train/approx_kl": (ratio - 1 - log_ratio).detach().mean(),  # [KL]
         "train/clip_fraction": (ratio != clipped_ratio).float().mean(),
     }
 
@@ -316,72 +301,87 @@ def ppo_loss(agent, obs, action, old_logprob, advantage, value_target, clip_coef
 
 
 def train(args: Args) -> Path:
-    """Train one agent, evaluate it, and return the run folder."""
+    """Train an agent, evaluate it, and return the run folder."""
     torch.set_num_threads(args.num_threads)
-    envs = open_envs(args, args.num_envs)
-    device = pick_device(args.device, envs.single_observation_space)
+    device = pick_device(args.device)
     seed_everything(args.seed)
+    envs = open_envs(args, args.num_envs)
     agent = Agent(envs, args).to(device)
-    parameters = list(agent.parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
-    act, loss_function = (compiled(function, args, device) for function in (sample_action, ppo_loss))
-    batch_size = args.num_envs * args.num_steps
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
+    run = Run(args, agent=agent, optimizer=optimizer)
 
-    with Run(args, batch_size, agent=agent, optimizer=optimizer) as run:
-        while run.step < run.last_step:
-            if run.step >= run.next_cut:  # evaluate, save, start fresh environments
-                envs, obs = run.cut(envs)
-            start, start_time = run.step, time.perf_counter()
+    # room for one rollout of T steps in N environments: observations as the environment gives them, (T, N, D)
+    T, N = args.num_steps, args.num_envs
+    all_obs = torch.as_tensor(np.zeros((T, *envs.observation_space.shape), envs.observation_space.dtype), device=device)
+    action_dtype = torch.float32 if isinstance(envs.action_space, Box) else torch.int64
+    actions = torch.zeros(T, *envs.action_space.shape, dtype=action_dtype, device=device)
+    rewards = torch.zeros(T, N, device=device)
+    dones = torch.zeros(T, N, dtype=torch.bool, device=device)
 
-            # 1. collect: T steps in N environments; `rollout` holds tensors (N, ...), `outcomes` arrays (N,)
-            rollout, outcomes, final_obs = [], [], []
-            for _ in range(args.num_steps):
-                obs = torch.as_tensor(obs, device=device)
-                with torch.no_grad():
-                    rollout.append((obs, *act(agent, obs)))
-                obs, reward, terminated, truncated, infos = envs.step(agent.to_env(rollout[-1][1]))
-                outcomes.append((reward.astype(np.float32), terminated, terminated | truncated))
-                final_obs += [infos["final_obs"][i] for i in np.flatnonzero(truncated & ~terminated)]
-                run.step += args.num_envs
-                run.record(obs, reward, infos)
+    while run.step < args.total_timesteps:
+        if run.step >= run.next_checkpoint:  # at once at the start
+            run.save_checkpoint()
+            envs.close()  # a resumed run has to start new environments; to get the same result, every run does
+            envs = open_envs(args, args.num_envs)
+            obs, _ = envs.reset(seed=seed_everything(args.seed, run.step))
+        start_time = time.perf_counter()
 
-            # 2. advantages: a truncated episode could have gone on, so its last observation has a value too
-            all_obs, actions, logprobs, values = (torch.stack(x) for x in zip(*rollout))
-            rewards, terminated, done = (torch.as_tensor(np.stack(x), device=device) for x in zip(*outcomes))
+        # 1. collect T steps in each of N environments
+        for t in range(T):
+            all_obs[t] = torch.as_tensor(obs)
             with torch.no_grad():
-                next_values = torch.cat([values[1:], agent(torch.as_tensor(obs, device=device))[1][None]])
-                if final_obs:  # in the order of the mask, by t and then n
-                    next_values[done & ~terminated] = agent(torch.as_tensor(np.stack(final_obs), device=device))[1]
-            advantages = compute_gae(rewards, values, next_values, terminated, done, args.gamma, args.gae_lambda)
-            value_targets = advantages + values  # [37, detail 5]
-            batch = all_obs, actions, logprobs, advantages, value_targets
-            batch = [x.flatten(end_dim=1) for x in batch]  # (T, N, ...) to (T * N, ...)
+                actions[t] = agent.policy(all_obs[t]).sample()
+            obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions[t]))
+            rewards[t] = torch.as_tensor(reward)
+            dones[t] = torch.as_tensor(terminated | truncated)
+            run.step += N
+            for n in np.flatnonzero(infos.get("_episode", False)):  # environments whose episode ended
+                run.record_episode(infos["episode"]["r"][n], infos["episode"]["l"][n])
 
-            # 3. update: several epochs of minibatches, each rollout step once an epoch
-            if args.anneal_lr:  # from the full rate to one rollout's share above zero [37, detail 4]
-                optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - start / run.last_step)
-            history = []
-            for _ in range(args.update_epochs):
-                shuffled = torch.randperm(batch_size).to(device)
-                for minibatch in zip(*(x[shuffled].chunk(args.num_minibatches) for x in batch)):
-                    loss, metrics = loss_function(agent, *minibatch, args.clip_coef, args.vf_coef, args.ent_coef)
-                    optimizer.zero_grad()
-                    loss.backward()
-                    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    optimizer.step()
-                    history.append(metrics | {"train/grad_norm": grad_norm})
-                if args.target_kl is not None and history[-1]["train/approx_kl"] > args.target_kl:
-                    break
-            agent.observe(all_obs)  # last, so that the policy that is updated is the one that acted
+            # A truncated episode would have gone on: add the discounted value of what follows to its last reward.
+            cut_short = truncated & ~terminated
+            if cut_short.any():
+                final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut_short]), device=device)
+                with torch.no_grad():
+                    rewards[t, torch.as_tensor(cut_short)] += args.gamma * agent.value(final_obs)
 
-            # 4. log: losses are means over the iteration
-            metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
-            metrics["train/explained_variance"] = (1 - advantages.var() / (value_targets.var() + 1e-8)).item()
-            metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
-            metrics["time/sps"] = batch_size / (time.perf_counter() - start_time)
-            run.log(metrics)
-        run.finish(envs)
-    return run.folder
+        # 2. estimate advantages, with one pass over all steps: the agent is still the one that acted
+        flat_obs = all_obs.flatten(end_dim=1)  # (T * N, ...)
+        flat_actions = actions.flatten(end_dim=1)
+        with torch.no_grad():
+            policy, flat_values = agent(flat_obs)
+            logprobs = policy.log_prob(flat_actions)  # (T * N,)
+            last_value = agent.value(torch.as_tensor(obs, device=device))
+        advantages = compute_gae(rewards, flat_values.view(T, N), last_value, dones, args.gamma, args.gae_lambda)
+        flat_advantages = advantages.flatten()
+        flat_targets = flat_advantages + flat_values  # [37, detail 5]
+
+        # 3. update: several epochs of minibatches
+        progress = (run.step - T * N) / args.total_timesteps if args.anneal_lr else 0
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress)
+        history = []
+        for _ in range(args.update_epochs):
+            for i in torch.randperm(T * N, device=device).chunk(args.num_minibatches):  # (B,) indices
+                loss, metrics = ppo_loss(
+                    agent, flat_obs[i], flat_actions[i], logprobs[i], flat_advantages[i], flat_targets[i], args
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                history.append(metrics)
+            if args.target_kl is not None and metrics["train/approx_kl"] > args.target_kl:
+                break
+        agent.update_normalizer(flat_obs)  # last, because it changes the policy, and logprobs are of the old one
+
+        # 4. log the means over the update
+        metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in metrics}
+        metrics["train/explained_variance"] = (1 - flat_advantages.var() / (flat_targets.var() + 1e-8)).item()
+        metrics["train/learning_rate"] = optimizer.param_groups[0]["lr"]
+        metrics["time/sps"] = T * N / (time.perf_counter() - start_time)
+        run.log(metrics)
+    envs.close()
+    return run.finish()
 
 
 # --- plumbing: the same text in every script ---
@@ -389,278 +389,219 @@ def train(args: Args) -> Path:
 SCRIPT = Path(__file__)
 
 
-def refuse(message: str):
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print(f"{SCRIPT.name}: error: {message}", file=sys.stderr)
+def fail(message):
+    """End the program because of bad input: one line on stderr, exit code 2."""
+    print(f"{SCRIPT.name}: error: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args(argv: list[str]) -> Args:
-    """The flags in `argv`, checked. Beside tyro's spellings, `--flag=True` and `--flag=0`, which is what
-    `wandb agent` sends, and whole numbers like `1e6`. With --resume, the flags of that run."""
-    switches = {field.name for field in fields(Args) if field.type is bool}
-
-    def tidy(word):
-        """`word` as tyro takes it."""
-        flag, equals, value = word.rpartition("=")
-        if flag[2:].replace("-", "_") in switches and value.lower() in ("true", "1", "false", "0"):
-            return ("--" if value.lower() in ("true", "1") else "--no-") + flag[2:]
-        if re.fullmatch(r"\d+(\.\d*)?e\+?\d+", value, re.IGNORECASE) and float(value).is_integer():
-            return f"{flag}{equals}{float(value):.0f}"
-        return word
-
-    argv = [tidy(word) for word in argv]
+    """The checked flags. `wandb agent` writes a boolean as --flag=True; tyro wants --flag or --no-flag."""
+    switches = "|".join(field.name.replace("_", "[-_]") for field in fields(Args) if field.type is bool)
+    argv = [re.sub(f"^--({switches})=[Tt]rue$", r"--\1", word) for word in argv]
+    argv = [re.sub(f"^--({switches})=[Ff]alse$", r"--no-\1", word) for word in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.partition("\n")[0])
-    if args.resume:
+    if args.resume is not None:  # take the flags of that run; flags given beside --resume override them
         stored = Args(**load_checkpoint(args.resume)["config"])
+        if ":" in stored.env_id and args.env_id != stored.env_id:
+            fail(f"--resume {args.resume}: its environment is in a package; to import it, add --env-id {stored.env_id}")
         args = tyro.cli(Args, args=argv, default=stored)
-        free = {"resume", "device", "track", "wandb_project_name", "wandb_entity"}
         for name, old in asdict(stored).items():
-            new = getattr(args, name)
-            if new != old and name not in free and not (name == "total_timesteps" and new > old):
-                refuse(f"--{name.replace('_', '-')} {new}: the run to resume has {old}")
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "start_e", "end_e", "eval_epsilon"}
+            if name != "resume" and getattr(args, name) != old:
+                print(f"--{name.replace('_', '-')} {getattr(args, name)} overrides {old}", file=sys.stderr)
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < float("inf") or value == 0 and name in may_be_zero):
-            refuse(f"--{name.replace('_', '-')} {value}: must be finite and {'>= 0' if name in may_be_zero else '> 0'}")
+        smallest = 1 if type(value) is int and name != "seed" else 0
+        if type(value) in (int, float) and not smallest <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: must be {smallest} or more, and finite")
     args.check()
     return args
 
 
 def open_envs(args: Args, num_envs: int) -> VectorEnv:
-    """The training environments; a wrong --env-id or --env-kwargs is refused with the reason given."""
+    """make_envs for training. Wrong flags end the program; a bug inside an environment shows its traceback."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # about an old id; the error says the same
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an old id, which the error names too
-            if args.capture_video:
-                make_envs(args, 1, evaluation=True, render=True).close()
-            return make_envs(args, num_envs)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
-        package = args.env_id.partition(":")[0]
-        pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
+        envs = make_envs(args, num_envs)
+    except (gym.error.Error, json.JSONDecodeError, ModuleNotFoundError, TypeError, NotImplementedError) as error:
+        raised_in = Path(traceback.extract_tb((error.__cause__ or error).__traceback__)[-1].filename).parts
+        if isinstance(error, (TypeError, NotImplementedError)) and {"gymnasium", SCRIPT.name}.isdisjoint(raised_in):
+            raise  # a bug inside the environment
+        reason = str(error) or "its observations cannot be flattened into a vector"
+        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}")
+    if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", []):
+        fail(f"--capture-video: {args.env_id} has no render mode rgb_array")
+    return envs
 
 
-def pick_device(name: str, obs_space: gym.Space) -> torch.device:
-    """The device called `name`; auto is a GPU for images, and the CPU for vectors, whose networks are small."""
-    if name == "auto":
-        gpu = len(obs_space.shape) == 3 and torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if gpu else "cpu"
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; one that is not there ends the program."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()
-    except Exception:  # every backend raises its own
-        refuse(f"--device {name}: not available on this machine; cpu is")
-    return torch.device(name)
+        return torch.zeros(1, device=accelerator if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {error}")
 
 
-def compiled(function, args: Args, device: torch.device):
-    """`function` itself, or with --compile a faster one, which on a GPU becomes a CUDA graph. It is compiled when it
-    is first called; what it returns is copied, because a CUDA graph writes into the same memory every time."""
-    if not args.compile:
-        return function
-    try:
-        torch.compile(torch.square)(torch.ones(2, device=device))
-    except Exception as error:  # every compiler fails in its own way
-        refuse(f"--compile: no working compiler for {device}: {str(error).partition(chr(10))[0]}")
-    fast = torch.compile(function, mode="reduce-overhead")
-    return lambda *inputs: tree_map(torch.clone, fast(*inputs))
+def seed_everything(seed: int, *key: int) -> int:
+    """Seed all random number generators; returns a seed (31 bits) for the environments.
 
-
-def seed_everything(*key: int) -> int:
-    """Seed all random number generators from `key`; returns their seed, 31 bits, for the environments."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+    Keys separate the random streams: () is for the weights, (step,) for training from then on, (0, 1) for evaluations.
+    """
+    seed = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     return seed
 
 
-def evaluate(agent: nn.Module, args: Args, episodes: int, seed, film=None) -> np.ndarray:
-    """Raw returns (episodes,) float64 of one whole episode in each of `episodes` environments.
+def evaluate(agent: nn.Module, args: Args, episodes: int, seeds=None, film=None) -> np.ndarray:
+    """The return, undiscounted and unclipped, of one episode in each of `episodes` environments, (episodes,).
 
-    `seed`, an int or a list of one int per episode, seeds environments and actions. `film` is called with
-    every frame (H, W, 3) uint8 of the first environment.
+    Episode i starts from seeds[i]. By default the seeds depend on args.seed alone, so every evaluation has the same
+    starts. `film(frame)` gets each frame (H, W, 3) uint8 of the first environment.
     """
-    seed_everything(*np.atleast_1d(seed).tolist())
     envs = make_envs(args, episodes, evaluation=True, render=film is not None)
-    device = next(agent.parameters()).device
-    obs, _ = envs.reset(seed=seed)
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for step in range(args.max_eval_steps + 1):
-        if film:
-            film(envs.render()[0])
-        if step == args.max_eval_steps or not running.any():
-            break
-        action = agent.act(torch.as_tensor(obs, device=device), args.eval_deterministic)
-        obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
-        running &= ~(terminated | truncated)
+    if seeds is None:
+        seeds = np.random.SeedSequence(args.seed, spawn_key=(0, 1)).generate_state(episodes) >> 1
+    seed_everything(args.seed, 0, 1)
+    obs, _ = envs.reset(seed=[int(seed) for seed in seeds])
+    returns = np.zeros(episodes)
+    running = np.ones(episodes, dtype=bool)  # still in the first episode
+    with tqdm(total=episodes, desc="evaluate", unit="episode", leave=False, dynamic_ncols=True) as bar:
+        for _ in range(args.max_eval_steps):
+            if film:
+                film(envs.render()[0])
+            if not running.any():
+                break
+            check_finite({"observation": obs})
+            action = agent.act(torch.as_tensor(obs, device=next(agent.parameters()).device), args.eval_deterministic)
+            obs, reward, terminated, truncated, _ = envs.step(action)
+            returns += reward * running
+            running &= ~(terminated | truncated)
+            bar.update(episodes - running.sum() - bar.n)
     envs.close()
     return returns
 
 
-def load_checkpoint(folder: str) -> dict:
-    """The checkpoint in a run folder of this script, on the CPU. Refuses all else, and runs no code in it."""
-    path = Path(folder, "checkpoint.pt")
-    if not path.is_file():
-        refuse(f"--resume {folder}: not the folder of a run, it holds no checkpoint.pt")
+def load_checkpoint(folder: str, **parts) -> dict:
+    """The checkpoint in a run folder, also loaded into `parts`. weights_only: reading it runs no code."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT.name:
-            refuse(f"--resume {folder}: a run of {checkpoint['script']}, to be resumed with that script")
-        Args(**checkpoint["config"])
-    except Exception:  # a damaged or foreign file can raise anything
-        refuse(f"--resume {folder}: its checkpoint.pt is damaged or none of this program's")
-    return checkpoint
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == SCRIPT.name, f"it is a run of {checkpoint['script']}"
+        Args(**checkpoint["config"])  # an error if it has other flags
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint
+    except Exception as error:  # a damaged file can raise anything
+        fail(f"--resume {folder}: no checkpoint that fits this script and these flags: {error}")
 
 
-def versions() -> dict:
-    """What a run was made with: packages, system, and the commit of this file if git knows one."""
-    wanted = {"torch", "gymnasium", "ale-py", "numpy"}
-    packages = {package.name: package.version for package in metadata.distributions() if package.name in wanted}
-    status, commit = subprocess.getstatusoutput(f'git -C "{SCRIPT.resolve().parent}" rev-parse HEAD')
-    return packages | {"python": sys.version, "platform": sys.platform, "commit": None if status else commit}
+def check_finite(values: dict):
+    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_finite(value)
+        elif name != "param_groups" and not torch.as_tensor(value).sum().isfinite():  # groups are settings
+            sys.exit(f"\n{SCRIPT.name}: error: {name} is NaN or infinite; the last checkpoint is kept")
 
 
 class Run:
-    """One training run: its folder, logs, checkpoints and progress bar.
+    """The folder of a training run with its logs and checkpoints, and the progress bar.
 
-    `parts` have a state_dict and are what a checkpoint holds beside the step: agent, optimizer, ...
+    `parts` are what training changes and a checkpoint must hold: agent, optimizer, ... Each has a state_dict.
     """
 
-    def __init__(self, args: Args, steps_per_iteration: int, **parts):
-        self.args, self.parts, self.config = args, parts, asdict(args) | {"resume": None}
-        if args.resume:
-            self.folder, state = Path(args.resume), load_checkpoint(args.resume)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        else:
-            name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-            self.folder = Path("runs", re.sub("[/:]", "-", name))
-            state = {"step": 0, "episodes_size": 0, "wandb_id": None}
-        self.step, self.wandb_id, self.wandb = state["step"], state["wandb_id"], None
-        iterations, cuts = args.total_timesteps // steps_per_iteration, args.num_checkpoints
-        self.last_step = iterations * steps_per_iteration
-        self.cuts = [iterations * i // cuts * steps_per_iteration for i in range(cuts)]
-        self.next_cut = self.step
-        if args.track:
+    def __init__(self, args: Args, **parts):
+        self.args = args
+        self.parts = parts
+        saved = {"step": 0, "csv_size": 0}
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.folder = Path("runs", re.sub("[/:]", "-", name))
+        if args.resume is not None:
+            saved = load_checkpoint(args.resume, **parts)
+            self.folder = Path(args.resume)
+        self.step = self.next_checkpoint = saved["step"]  # the first checkpoint is due at once
+        if args.track:  # all that goes to TensorBoard goes to wandb, too
             import wandb
 
-            who = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
+            self.wandb = wandb
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.folder.name}
             try:
-                wandb.init(**who, resume="allow", name=self.folder.name, config=self.config)
+                wandb.init(**where, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
             except wandb.Error as error:
-                refuse(f"--track: {error} (or set WANDB_MODE=offline)")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb, self.wandb_id = wandb, wandb.run.id
-        if not args.resume:
-            self.folder.mkdir(parents=True)
-            shutil.copy(SCRIPT, self.folder)
-        if self.wandb:
-            self.wandb.run.log_code(str(self.folder))
-        about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
-        (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if args.resume else None)
-        self.episodes = open(self.folder / "episodes.csv", "ab")
-        self.episodes.truncate(state["episodes_size"])  # what came after the checkpoint comes again
-        self.episodes.write(b"" if args.resume else b"step,return,length\n")
-        self.ended, self.returns = [], deque(maxlen=100)
-        self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True)
+                fail(f"--track: {error}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+        self.csv = open(self.folder / "episodes.csv", "a")
+        self.csv.seek(self.csv.truncate(min(saved["csv_size"], self.csv.tell())))  # drop rows newer than the checkpoint
+        if self.csv.tell() == 0:
+            self.csv.write("step,return,length\n")
+        config = asdict(args) | {"torch": torch.__version__, "gymnasium": gym.__version__, "python": sys.version}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # hide points newer than the checkpoint
+        self.episodes = []  # (return, length) of each finished training episode
+        self.num_logged = 0
+        print(f"to continue: python {SCRIPT.name} --resume {self.folder} --env-id {args.env_id}", file=sys.stderr)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
 
-    def __enter__(self):
-        gc.freeze()  # what is imported by now is no garbage: not looking at it again saves 5 % of the time
-        return self
-
-    def __exit__(self, error_type, error, traceback):
-        self.bar.close()
-        if error_type is not KeyboardInterrupt and getattr(error, "code", None) != 143:
-            self.writer.close()  # interrupted it may hold its own lock, and would wait for ever
-        self.episodes.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error_type is not None))
-        failed = error_type and not isinstance(getattr(error, "code", None), str)  # a NaN would come again
-        if failed and (self.folder / "checkpoint.pt").exists():
-            resume = f"python {SCRIPT.name} --resume {self.folder}"
-            print(f"stopped at step {self.step}; to continue from the last checkpoint: {resume}", file=sys.stderr)
-        if error_type is KeyboardInterrupt:
-            sys.exit(130)
-
-    def record(self, obs, reward, infos: dict):
-        """Keep the episodes that ended at this step of the environments; stop at a NaN."""
-        self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:  # numbers or arrays, these perhaps with a mask of those that ended
-            ended = infos.get("_episode", slice(None))
-            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in ("r", "l"))):
-                self.ended.append(episode)
-                self.returns.append(episode[0])
-                self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())
+    def record_episode(self, episode_return: float, length: int):
+        """Keep a finished training episode for episodes.csv, the next log entry and the progress bar."""
+        self.csv.write(f"{self.step},{episode_return},{length}\n")
+        self.episodes.append((episode_return, length))
 
     def log(self, metrics: dict):
-        """Write scalars for this step, and the means of the episodes since the last; stop at a NaN."""
-        self.check_finite(**metrics)
-        if self.ended:
-            metrics = dict(zip(("episode/return", "episode/length"), np.mean(self.ended, axis=0))) | metrics
-            self.bar.set_postfix_str(f"return {np.mean(self.returns):.2f}", refresh=False)
-            self.ended = []
+        """Write scalars, and the means of the episodes since the last call; a NaN stops the run."""
+        if len(self.episodes) > self.num_logged:
+            episode_return, length = np.mean(self.episodes[self.num_logged :], axis=0)
+            metrics = metrics | {"episode/return": episode_return, "episode/length": length}
+            self.bar.set_postfix_str(f"return {np.mean(self.episodes[-100:], axis=0)[0]:.2f}", refresh=False)
+            self.num_logged = len(self.episodes)
+        check_finite(metrics)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
-        if self.wandb:
-            self.wandb.log(metrics | {"global_step": self.step})
-        self.bar.update(min(self.step, self.last_step) - self.bar.n)
+        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
 
-    def check_finite(self, **values):
-        """End the run where a value is NaN or infinite; the last checkpoint stays."""
-        for name, value in values.items():
-            if not np.isfinite(np.asarray(value)).all():
-                sys.exit(f"{SCRIPT.name}: error: {name} is NaN or infinite at step {self.step}")
-
-    def cut(self, envs: VectorEnv) -> tuple:
-        """Evaluate, save, and start fresh environments seeded by (seed, step), with nothing carried over: so a
-        resumed run goes on as if never stopped. Returns the environments and their first observations."""
-        self.save(envs, max(1, self.args.eval_episodes // 10))
-        self.next_cut = min((cut for cut in self.cuts if cut > self.step), default=float("inf"))
-        seed = seed_everything(self.args.seed, self.step, 0)
-        envs = make_envs(self.args, envs.num_envs)
-        return envs, envs.reset(seed=seed)[0]
-
-    def save(self, envs: VectorEnv, episodes: int) -> np.ndarray:
-        """Close the environments, evaluate, write the checkpoint; returns the evaluation's returns."""
-        envs.close()
-        agent, seed = self.parts["agent"], seed_everything(self.args.seed, self.step, 1)
-        returns = evaluate(agent, self.args, episodes, seed)
-        if self.args.capture_video:
-            import imageio
-
-            path, fps = self.folder / f"step-{self.step}.mp4", envs.metadata.get("render_fps", 30)
-            with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
-                evaluate(agent, self.args, 1, seed, film=video.append_data)
-            if self.wandb:
-                self.wandb.log({"eval/video": self.wandb.Video(str(path)), "global_step": self.step})
-        self.log({"eval/return_mean": returns.mean(), "eval/return_std": returns.std()})
-        self.writer.flush()
-        self.episodes.flush()
+    def save_checkpoint(self, final: bool = False) -> np.ndarray:
+        """Write checkpoint.pt, then evaluate the agent; gives the returns of that evaluation."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT.name, "config": self.config, "step": self.step, "wandb_id": self.wandb_id}
-        state["episodes_size"] = (self.folder / "episodes.csv").stat().st_size
+        check_finite(state)
+        state |= {"script": SCRIPT.name, "config": asdict(self.args) | {"resume": None}}
+        state |= {"step": self.step, "csv_size": self.csv.tell()}  # tell() also flushes
         torch.save(state, self.folder / "checkpoint.tmp")
-        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")  # whole, or the one before
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")  # atomic: never half a file
+        episodes = max(1, self.args.eval_episodes // 10)
+        # Train for at least 400 steps per evaluation episode, or evaluations would dominate a short run.
+        interval = max(self.args.total_timesteps / self.args.num_checkpoints, 400 * episodes)
+        self.next_checkpoint = (self.step // interval + 1) * interval
+        returns = evaluate(self.parts["agent"], self.args, self.args.eval_episodes if final else episodes)
+        self.log({"eval/return_mean": returns.mean(), "eval/return_std": returns.std()})
+        if self.args.capture_video:
+            path = self.folder / f"step-{self.step}.mp4"
+            fps = make_envs(self.args, 1, evaluation=True).metadata.get("render_fps", 30)
+            with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
+                evaluate(self.parts["agent"], self.args, 1, film=video.append_data)
+            if self.args.track:
+                self.wandb.log({"eval/video": self.wandb.Video(str(path)), "global_step": self.step})
+        self.writer.flush()
         return returns
 
-    def finish(self, envs: VectorEnv):
-        """The last checkpoint and the final evaluation, for results.json and the terminal."""
-        returns = self.save(envs, self.args.eval_episodes)
-        mean, std = float(returns.mean()), float(returns.std())
+    def finish(self) -> Path:
+        """Save the last checkpoint, evaluate for results.json, and return the run folder."""
+        returns = self.save_checkpoint(final=True)
+        self.bar.close()
+        self.writer.close()
+        mean = float(returns.mean())
+        std = float(returns.std())
         results = {"env_id": self.args.env_id, "mean_reward": mean, "std_reward": std}
         results |= {"is_deterministic": self.args.eval_deterministic, "n_eval_episodes": len(returns)}
-        results |= {"eval_datetime": datetime.now(timezone.utc).isoformat()}
+        results["eval_datetime"] = datetime.now(timezone.utc).isoformat()
         (self.folder / "results.json").write_text(json.dumps(results, indent=2))
-        self.bar.close()
         print(f"{self.args.env_id}: {mean:.2f} +/- {std:.2f} over {len(returns)} episodes, mean - std {mean - std:.2f}")
-        print(f"run folder: {self.folder}")
-        print(f"package it: python push_to_hub.py --checkpoint {self.folder / 'checkpoint.pt'}")
+        print(f"package it: python push_to_hub.py --checkpoint {self.folder}")
+        return self.folder
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and kill: leave at once, the last checkpoint is kept
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     train(parse_args(sys.argv[1:]))

@@ -1,48 +1,43 @@
-"""Tabular Q-learning: learn from every single step what each action is worth in each state.
+"""Tabular Q-learning: after every step, improve the estimate of what that action is worth in that state.
 
-A table holds, for each state and action, the return to expect from taking that action and only best ones after it.
-It starts at zero. Each step moves one entry a little towards the reward plus the discounted value of the best action in
-the next state. That target asks for the best next action whatever the agent really does next (off-policy), so the
-agent may explore: it behaves ε-greedily, which is to take a random action now and then, and the best one otherwise.
-Observations and actions must be Discrete. It runs on the CPU.
+The table holds the return to expect from each action in each state, if the agent acts greedily afterwards. Each step
+moves one entry a little towards the reward plus the discounted value of the best action in the next state. The agent
+mostly takes the best action it knows, and sometimes a random one, to explore (ε-greedy). Observations and actions must
+be Discrete.
 
-    python q_learning.py                                                  # FrozenLake-v1: 0.74 reach the goal
-    python q_learning.py --env-kwargs '{"is_slippery": false}'            # 1.00 in 7 s
-    python q_learning.py --env-id FrozenLake8x8-v1 --total-timesteps 2e6  # 0.89 to 0.90
-    python q_learning.py --env-id Taxi-v4 --eval-episodes 100             # 7.56 on the Deep RL Course's seeds, in 8 s
-    python q_learning.py --env-id CliffWalking-v1                         # -13 in 10 s
+    python q_learning.py                                                        # FrozenLake-v1
+    python q_learning.py --env-kwargs '{"is_slippery": false}'
+    python q_learning.py --env-id FrozenLake8x8-v1 --total-timesteps 2_000_000
+    python q_learning.py --env-id Taxi-v4 --eval-episodes 100
+    python q_learning.py --env-id CliffWalking-v1
 
 Sources
     [SB]   Sutton and Barto 2018, Reinforcement Learning: An Introduction, 2nd edition
-    [W]    Watkins 1989, Learning from Delayed Rewards, PhD thesis, King's College, Cambridge: the first account
 
-Deviations: ε and the learning rate, which are constant in [SB, §6.5], fall with time, in steps of --num-steps. At every
-checkpoint the environment starts afresh, so that a resumed run repeats the uninterrupted one.
+Deviations: ε and the learning rate decrease over time; in [SB, §6.5] they are constant; the environment starts anew at
+each checkpoint.
 """
 
-import gc
 import json
+import math
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 import warnings
-from collections import deque
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 
 import gymnasium as gym
+import imageio
 import numpy as np
 import torch
 import tyro
-from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 from gymnasium.spaces import Discrete
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -52,73 +47,70 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    """The flags: first those that all scripts share, then those of this algorithm."""
+    """Command-line flags: first those that every script has, then those of this algorithm."""
 
     env_id: str = "FrozenLake-v1"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 500_000  # environment steps, all environments together
-    device: str = "auto"  # auto (GPU for pixels, CPU for small networks), cpu, cuda, cuda:1, mps
-    num_threads: int = 1  # CPU threads of torch; small networks gain nothing from more than one
-    num_checkpoints: int = 20  # times to evaluate and save, evenly over the run
+    total_timesteps: int = 500_000  # environment steps, summed over all environments
+    device: str = "cpu"  # cpu, the only device on which reading single numbers from a table is fast
+    num_threads: int = 1  # CPU threads used by torch
+    num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
     eval_episodes: int = 1_000  # episodes of the final evaluation; a tenth of them at each checkpoint
-    eval_deterministic: bool = True  # evaluate the most likely action instead of a sampled one
-    max_eval_steps: int = 1_000  # steps after which an evaluation episode is broken off
-    capture_video: bool = False  # film one evaluation episode at each checkpoint
-    track: bool = False  # log to Weights & Biases too
-    wandb_project_name: str = "solorl"  # project of --track
-    wandb_entity: str | None = None  # user or team of --track
-    resume: str | None = None  # run folder to continue from its last checkpoint, with its flags
+    eval_deterministic: bool = True  # evaluate with the most likely or best action, not with a random one
+    max_eval_steps: int = 1_000  # an evaluation episode is stopped after this many steps
+    capture_video: bool = False  # record an evaluation episode at each checkpoint
+    track: bool = False  # log to Weights & Biases as well as TensorBoard
+    wandb_project_name: str = "solorl"  # wandb project of --track
+    wandb_entity: str | None = None  # wandb user or team of --track
+    resume: str | None = None  # run folder to continue from its last checkpoint
 
-    num_steps: int = 1_000  # steps between two log entries and two values of ε; a run is whole multiples
-    learning_rate: float = 0.1  # share of the way that an entry moves towards its target (α)
-    anneal_lr: bool = True  # lower the learning rate linearly towards zero
+    num_steps: int = 1_000  # steps between two log entries; ε and the learning rate change that often, too
+    learning_rate: float = 0.1  # how far a value moves towards its target (α)
+    anneal_lr: bool = True  # decrease the learning rate linearly to zero
     gamma: float = 0.995  # discount factor
     start_e: float = 1.0  # ε, the probability of a random action, at the start
     end_e: float = 0.1  # ε at the end
-    exploration_fraction: float = 0.5  # share of the run in which ε falls linearly from one to the other
+    exploration_fraction: float = 0.5  # fraction of the run in which ε falls linearly from start_e to end_e
 
     def check(self):
-        """Refuse values that do not fit together, before anything is built."""
-        if self.total_timesteps < self.num_steps:
-            refuse(f"--total-timesteps {self.total_timesteps}: less than the {self.num_steps} of --num-steps")
-        for name in ("learning_rate", "gamma", "start_e", "end_e", "exploration_fraction"):
-            if getattr(self, name) > 1:
-                refuse(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at most 1")
+        """Refuse values that do not fit together."""
+        if max(self.learning_rate, self.gamma, self.start_e, self.end_e) > 1 or not 0 < self.exploration_fraction <= 1:
+            fail("--learning-rate, --gamma, --start-e, --end-e, --exploration-fraction: at most 1, the last above 0")
+        if self.device != "cpu":
+            fail(f"--device {self.device}: only cpu; reading single numbers from a table is slow elsewhere")
 
 
 # --- environment ---
 
 
+def number_from_zero(env: gym.Env) -> gym.Env:
+    """`env` with states and actions 0, 1, 2, ..., which are rows and columns of the table."""
+    states, actions = env.observation_space, env.action_space
+    if not isinstance(states, Discrete) or not isinstance(actions, Discrete):
+        fail(f"observations {states} and actions {actions} do not fit a table; see reinforce.py and ppo.py")
+    env = gym.wrappers.TransformObservation(env, lambda state: int(state - states.start), Discrete(states.n))
+    return gym.wrappers.TransformAction(env, lambda action: action + actions.start, Discrete(actions.n))
+
+
 def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool = False) -> VectorEnv:
-    """`num_envs` copies of the environment, states and actions numbered from 0.
-
-    Evaluation resets an ended episode at the next step, so that render() still shows the end.
-    """
-
-    def make_env():
-        """One environment, its spaces checked and numbered from 0."""
-        render_mode = {"render_mode": "rgb_array"} if render else {}  # not every environment takes it
-        env = gym.make(args.env_id, **render_mode, **json.loads(args.env_kwargs))
-        states, actions = env.observation_space, env.action_space
-        for space in (states, actions):
-            if not isinstance(space, Discrete):
-                refuse(f"--env-id {args.env_id}: a table has no place for {space}, see reinforce.py and ppo.py")
-        if states.start != 0:
-            env = gym.wrappers.TransformObservation(env, lambda state: state - states.start, Discrete(states.n))
-        if actions.start != 0:
-            env = gym.wrappers.TransformAction(env, lambda action: action + actions.start, Discrete(actions.n))
-        return env if evaluation else gym.wrappers.RecordEpisodeStatistics(env)
-
-    mode = AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP
-    return SyncVectorEnv([make_env] * num_envs, autoreset_mode=mode)
+    """`num_envs` copies of the environment. In evaluation an ended episode is reset only at the next step."""
+    return gym.make_vec(
+        args.env_id,
+        num_envs,
+        vectorization_mode="sync",
+        vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP},
+        wrappers=[number_from_zero],
+        **({"render_mode": "rgb_array"} if render else {}),
+        **json.loads(args.env_kwargs),
+    )
 
 
 # --- network ---
 
 
 class Agent(nn.Module):
-    """A table in place of a network: the value of each action (column) in each state (row)."""
+    """A table instead of a network: the value of each action (column) in each state (row)."""
 
     def __init__(self, envs: VectorEnv, args: Args):
         super().__init__()
@@ -127,23 +119,18 @@ class Agent(nn.Module):
         self.epsilon = args.end_e
 
     def act(self, obs, deterministic: bool) -> np.ndarray:
-        """Actions (N,) in the states `obs` (N,): the best ones, or ε-greedy with the last ε of training."""
-        values = self.q_values[obs.long()]
+        """Actions (N,) in the states `obs` (N,): the best ones, or ε-greedy ones with --end-e as ε."""
+        action_values = self.q_values[obs.long()].tolist()  # N lists
         if deterministic:
-            return values.argmax(-1).cpu().numpy()
-        return np.array([epsilon_greedy(row, self.epsilon) for row in values.tolist()])
+            return np.argmax(action_values, axis=-1)
+        return np.array([epsilon_greedy(values, self.epsilon) for values in action_values])
 
 
 # --- algorithm ---
 
 
-def linear_schedule(start: float, end: float, progress: float) -> float:
-    """A straight line from `start` at progress 0 to `end` at progress 1, and constant from there."""
-    return start + (end - start) * min(progress, 1)
-
-
 def epsilon_greedy(action_values: list[float], epsilon: float) -> int:
-    """A random action with probability ε, else one of the best: a zero table must not favour the first action."""
+    """A random action with probability ε, else the best one. Ties are broken at random: all are 0 at the start."""
     if random.random() < epsilon:
         return random.randrange(len(action_values))
     best = max(action_values)
@@ -151,9 +138,9 @@ def epsilon_greedy(action_values: list[float], epsilon: float) -> int:
 
 
 def td_error(value: float, reward: float, next_action_values: list[float], terminated: bool, gamma: float) -> float:
-    """How far the value of an action is from the reward and what follows, if the best action follows.
+    """How far `value` is below its target: the reward plus the discounted value of the best next action.
 
-    Nothing follows once the episode has terminated. If it was truncated, it could have gone on.
+    A terminated episode has no next value. A truncated one would have gone on, so it keeps the next value.
     """
     target = reward + gamma * max(next_action_values) * (not terminated)
     return target - value  # [SB, Eq. 6.8]
@@ -163,74 +150,56 @@ def td_error(value: float, reward: float, next_action_values: list[float], termi
 
 
 def train(args: Args) -> Path:
-    """Train one agent, evaluate it, and return the run folder."""
+    """Train an agent, evaluate it, and return the run folder."""
     torch.set_num_threads(args.num_threads)
     envs = open_envs(args, num_envs=1)
-    if pick_device(args.device, envs.single_observation_space).type != "cpu":
-        refuse(f"--device {args.device}: only the CPU is quick at reading single numbers from a table")
     agent = Agent(envs, args)
-    q_values = agent.q_values.numpy()  # the same memory, and much faster to read and write
+    q_values = agent.q_values.numpy()  # the same memory, but faster to read and write
+    run = Run(args, agent=agent)
 
-    with Run(args, args.num_steps, agent=agent) as run:
-        while run.step < run.last_step:
-            if run.step >= run.next_cut:  # evaluate, save, start a fresh environment
-                envs, obs = run.cut(envs)
-                env, state = envs.envs[0], obs[0]  # stepped directly: a vector of one would double the time
-            start_time, progress = time.perf_counter(), run.step / run.last_step
-            epsilon = linear_schedule(args.start_e, args.end_e, progress / args.exploration_fraction)
-            learning_rate = args.learning_rate * (1 - progress if args.anneal_lr else 1)
-            errors = []
-            for _ in range(args.num_steps):
-                # 1. act
-                action = epsilon_greedy(q_values[state].tolist(), epsilon)
-                next_state, reward, terminated, truncated, info = env.step(action)
-                run.step += 1
+    while run.step < args.total_timesteps:
+        if run.step >= run.next_checkpoint:  # at once at the start
+            run.save_checkpoint()
+            envs.close()  # a resumed run has to start a new environment; to get the same result, every run does
+            envs = open_envs(args, num_envs=1)
+            env = envs.envs[0]  # used directly: a vector of one takes twice the time
+            state, _ = env.reset(seed=seed_everything(args.seed, run.step))
+            episode_return = 0.0
+            length = 0
+        progress = run.step / args.total_timesteps
+        epsilon = args.start_e + (args.end_e - args.start_e) * min(1, progress / args.exploration_fraction)
+        learning_rate = args.learning_rate * (1 - progress if args.anneal_lr else 1)
+        errors = []
+        start_time = time.perf_counter()
+        for _ in range(args.num_steps):
+            # 1. act
+            action = epsilon_greedy(q_values[state].tolist(), epsilon)
+            next_state, reward, terminated, truncated, _ = env.step(action)
+            run.step += 1
 
-                # 2. learn
-                next_action_values = q_values[next_state].tolist()
-                error = td_error(q_values[state, action], reward, next_action_values, terminated, args.gamma)
-                q_values[state, action] += learning_rate * error  # [SB, Eq. 6.8]
-                errors.append(error)
+            # 2. learn
+            next_action_values = q_values[next_state].tolist()
+            error = td_error(q_values[state, action], reward, next_action_values, terminated, args.gamma)
+            q_values[state, action] += learning_rate * error  # [SB, Eq. 6.8]
+            errors.append(error)
 
-                # 3. go on, in a new episode where this one is over
-                state = next_state
-                if terminated or truncated:
-                    run.record(state, reward, info)
-                    state, _ = env.reset()
+            # 3. go on, in a new episode if this one is over
+            state = next_state
+            episode_return += reward
+            length += 1
+            if terminated or truncated:
+                run.record_episode(episode_return, length)
+                state, _ = env.reset()
+                episode_return = 0.0
+                length = 0
 
-            # 4. log
-            metrics = {"loss/td": np.abs(errors).mean(), "train/q_value": q_values.max(axis=1).mean()}
-            metrics |= {"train/epsilon": epsilon, "train/learning_rate": learning_rate}
-            metrics["time/sps"] = args.num_steps / (time.perf_counter() - start_time)
-            run.log(metrics)
-        run.finish(envs)
-    show_policy(args, q_values, run.folder)
-    return run.folder
-
-
-def show_policy(args: Args, q_values: np.ndarray, folder: Path):
-    """Draw the best action in each state over FrozenLake's map, in the terminal and as policy.png."""
-    env = make_envs(args, num_envs=1).envs[0].unwrapped
-    if not isinstance(env, FrozenLakeEnv):
-        return
-    lake = env.desc.astype(str)  # (rows, columns) of letters: S start, F frozen, H hole, G goal
-    is_end = np.isin(lake, ["H", "G"])
-    arrows = np.array([*"←↓→↑"])[q_values.argmax(axis=1)]  # actions are 0 left, 1 down, 2 right, 3 up
-    arrows[np.ptp(q_values, axis=1) == 0] = "."  # nothing learned there
-    letters = np.where(is_end, lake, arrows.reshape(lake.shape))
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(lake.shape[1] + 1.5, lake.shape[0]), layout="constrained")
-    axes = figure.subplots()
-    values = np.ma.array(q_values.max(axis=1).reshape(lake.shape), mask=is_end)
-    figure.colorbar(axes.imshow(values, cmap="YlGn", alpha=0.7), label="value of the best action")
-    for (y, x), letter in np.ndenumerate(letters):
-        axes.text(x, y, letter, ha="center", va="center", fontsize=20)
-    axes.set(xticks=[], yticks=[], facecolor="lightsteelblue")
-    figure.savefig(folder / "policy.png", dpi=120)
-    for row in letters:
-        print(" ", *(letter.translate(str.maketrans("←↓→↑", "<v>^")) for letter in row))  # fit for any terminal
+        # 4. log
+        metrics = {"loss/td": np.abs(errors).mean(), "train/q_value": q_values.max(axis=1).mean()}
+        metrics |= {"train/epsilon": epsilon, "train/learning_rate": learning_rate}
+        metrics["time/sps"] = args.num_steps / (time.perf_counter() - start_time)
+        run.log(metrics)
+    envs.close()
+    return run.finish()
 
 
 # --- plumbing: the same text in every script ---
@@ -238,265 +207,219 @@ def show_policy(args: Args, q_values: np.ndarray, folder: Path):
 SCRIPT = Path(__file__)
 
 
-def refuse(message: str):
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print(f"{SCRIPT.name}: error: {message}", file=sys.stderr)
+def fail(message):
+    """End the program because of bad input: one line on stderr, exit code 2."""
+    print(f"{SCRIPT.name}: error: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
 
 
 def parse_args(argv: list[str]) -> Args:
-    """The flags in `argv`, checked. Beside tyro's spellings, `--flag=True` and `--flag=0`, which is what
-    `wandb agent` sends, and whole numbers like `1e6`. With --resume, the flags of that run."""
-    switches = {field.name for field in fields(Args) if field.type is bool}
-
-    def tidy(word):
-        """`word` as tyro takes it."""
-        flag, equals, value = word.rpartition("=")
-        if flag[2:].replace("-", "_") in switches and value.lower() in ("true", "1", "false", "0"):
-            return ("--" if value.lower() in ("true", "1") else "--no-") + flag[2:]
-        if re.fullmatch(r"\d+(\.\d*)?e\+?\d+", value, re.IGNORECASE) and float(value).is_integer():
-            return f"{flag}{equals}{float(value):.0f}"
-        return word
-
-    argv = [tidy(word) for word in argv]
+    """The checked flags. `wandb agent` writes a boolean as --flag=True; tyro wants --flag or --no-flag."""
+    switches = "|".join(field.name.replace("_", "[-_]") for field in fields(Args) if field.type is bool)
+    argv = [re.sub(f"^--({switches})=[Tt]rue$", r"--\1", word) for word in argv]
+    argv = [re.sub(f"^--({switches})=[Ff]alse$", r"--no-\1", word) for word in argv]
     args = tyro.cli(Args, args=argv, description=__doc__.partition("\n")[0])
-    if args.resume:
+    if args.resume is not None:  # take the flags of that run; flags given beside --resume override them
         stored = Args(**load_checkpoint(args.resume)["config"])
+        if ":" in stored.env_id and args.env_id != stored.env_id:
+            fail(f"--resume {args.resume}: its environment is in a package; to import it, add --env-id {stored.env_id}")
         args = tyro.cli(Args, args=argv, default=stored)
-        free = {"resume", "device", "track", "wandb_project_name", "wandb_entity"}
         for name, old in asdict(stored).items():
-            new = getattr(args, name)
-            if new != old and name not in free and not (name == "total_timesteps" and new > old):
-                refuse(f"--{name.replace('_', '-')} {new}: the run to resume has {old}")
-    may_be_zero = {"seed", "gamma", "gae_lambda", "ent_coef", "vf_coef", "start_e", "end_e", "eval_epsilon"}
+            if name != "resume" and getattr(args, name) != old:
+                print(f"--{name.replace('_', '-')} {getattr(args, name)} overrides {old}", file=sys.stderr)
     for name, value in asdict(args).items():
-        if type(value) in (int, float) and not (0 < value < float("inf") or value == 0 and name in may_be_zero):
-            refuse(f"--{name.replace('_', '-')} {value}: must be finite and {'>= 0' if name in may_be_zero else '> 0'}")
+        smallest = 1 if type(value) is int and name != "seed" else 0
+        if type(value) in (int, float) and not smallest <= value < math.inf:
+            fail(f"--{name.replace('_', '-')} {value}: must be {smallest} or more, and finite")
     args.check()
     return args
 
 
 def open_envs(args: Args, num_envs: int) -> VectorEnv:
-    """The training environments; a wrong --env-id or --env-kwargs is refused with the reason given."""
+    """make_envs for training. Wrong flags end the program; a bug inside an environment shows its traceback."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # about an old id; the error says the same
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of an old id, which the error names too
-            if args.capture_video:
-                make_envs(args, 1, evaluation=True, render=True).close()
-            return make_envs(args, num_envs)
-    except (gym.error.Error, ImportError, AssertionError, TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = repr(error) if isinstance(error, LookupError) else str(error)  # of which the text is only a key
-        package = args.env_id.partition(":")[0]
-        pip = f" (pip install {package}?)" if f"No module named '{package}'" in reason else ""
-        refuse(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason.partition(chr(10))[0]}{pip}")
+        envs = make_envs(args, num_envs)
+    except (gym.error.Error, json.JSONDecodeError, ModuleNotFoundError, TypeError, NotImplementedError) as error:
+        raised_in = Path(traceback.extract_tb((error.__cause__ or error).__traceback__)[-1].filename).parts
+        if isinstance(error, (TypeError, NotImplementedError)) and {"gymnasium", SCRIPT.name}.isdisjoint(raised_in):
+            raise  # a bug inside the environment
+        reason = str(error) or "its observations cannot be flattened into a vector"
+        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}")
+    if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", []):
+        fail(f"--capture-video: {args.env_id} has no render mode rgb_array")
+    return envs
 
 
-def pick_device(name: str, obs_space: gym.Space) -> torch.device:
-    """The device called `name`; auto is a GPU for images, and the CPU for vectors, whose networks are small."""
-    if name == "auto":
-        gpu = len(obs_space.shape) == 3 and torch.accelerator.is_available()
-        name = torch.accelerator.current_accelerator().type if gpu else "cpu"
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; one that is not there ends the program."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        torch.zeros(1, device=name).item()
-    except Exception:  # every backend raises its own
-        refuse(f"--device {name}: not available on this machine; cpu is")
-    return torch.device(name)
+        return torch.zeros(1, device=accelerator if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {name}: {error}")
 
 
-def seed_everything(*key: int) -> int:
-    """Seed all random number generators from `key`; returns their seed, 31 bits, for the environments."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0] >> 1)
+def seed_everything(seed: int, *key: int) -> int:
+    """Seed all random number generators; returns a seed (31 bits) for the environments.
+
+    Keys separate the random streams: () is for the weights, (step,) for training from then on, (0, 1) for evaluations.
+    """
+    seed = int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1)[0] >> 1)
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
     return seed
 
 
-def evaluate(agent: nn.Module, args: Args, episodes: int, seed, film=None) -> np.ndarray:
-    """Raw returns (episodes,) float64 of one whole episode in each of `episodes` environments.
+def evaluate(agent: nn.Module, args: Args, episodes: int, seeds=None, film=None) -> np.ndarray:
+    """The return, undiscounted and unclipped, of one episode in each of `episodes` environments, (episodes,).
 
-    `seed`, an int or a list of one int per episode, seeds environments and actions. `film` is called with
-    every frame (H, W, 3) uint8 of the first environment.
+    Episode i starts from seeds[i]. By default the seeds depend on args.seed alone, so every evaluation has the same
+    starts. `film(frame)` gets each frame (H, W, 3) uint8 of the first environment.
     """
-    seed_everything(*np.atleast_1d(seed).tolist())
     envs = make_envs(args, episodes, evaluation=True, render=film is not None)
-    device = next(agent.parameters()).device
-    obs, _ = envs.reset(seed=seed)
-    returns, running = np.zeros(episodes), np.ones(episodes, dtype=bool)
-    for step in range(args.max_eval_steps + 1):
-        if film:
-            film(envs.render()[0])
-        if step == args.max_eval_steps or not running.any():
-            break
-        action = agent.act(torch.as_tensor(obs, device=device), args.eval_deterministic)
-        obs, reward, terminated, truncated, _ = envs.step(action)
-        returns += reward * running
-        running &= ~(terminated | truncated)
+    if seeds is None:
+        seeds = np.random.SeedSequence(args.seed, spawn_key=(0, 1)).generate_state(episodes) >> 1
+    seed_everything(args.seed, 0, 1)
+    obs, _ = envs.reset(seed=[int(seed) for seed in seeds])
+    returns = np.zeros(episodes)
+    running = np.ones(episodes, dtype=bool)  # still in the first episode
+    with tqdm(total=episodes, desc="evaluate", unit="episode", leave=False, dynamic_ncols=True) as bar:
+        for _ in range(args.max_eval_steps):
+            if film:
+                film(envs.render()[0])
+            if not running.any():
+                break
+            check_finite({"observation": obs})
+            action = agent.act(torch.as_tensor(obs, device=next(agent.parameters()).device), args.eval_deterministic)
+            obs, reward, terminated, truncated, _ = envs.step(action)
+            returns += reward * running
+            running &= ~(terminated | truncated)
+            bar.update(episodes - running.sum() - bar.n)
     envs.close()
     return returns
 
 
-def load_checkpoint(folder: str) -> dict:
-    """The checkpoint in a run folder of this script, on the CPU. Refuses all else, and runs no code in it."""
-    path = Path(folder, "checkpoint.pt")
-    if not path.is_file():
-        refuse(f"--resume {folder}: not the folder of a run, it holds no checkpoint.pt")
+def load_checkpoint(folder: str, **parts) -> dict:
+    """The checkpoint in a run folder, also loaded into `parts`. weights_only: reading it runs no code."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if checkpoint["script"] != SCRIPT.name:
-            refuse(f"--resume {folder}: a run of {checkpoint['script']}, to be resumed with that script")
-        Args(**checkpoint["config"])
-    except Exception:  # a damaged or foreign file can raise anything
-        refuse(f"--resume {folder}: its checkpoint.pt is damaged or none of this program's")
-    return checkpoint
+        checkpoint = torch.load(Path(folder, "checkpoint.pt"), map_location="cpu", weights_only=True)
+        assert checkpoint["script"] == SCRIPT.name, f"it is a run of {checkpoint['script']}"
+        Args(**checkpoint["config"])  # an error if it has other flags
+        for name, part in parts.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint
+    except Exception as error:  # a damaged file can raise anything
+        fail(f"--resume {folder}: no checkpoint that fits this script and these flags: {error}")
 
 
-def versions() -> dict:
-    """What a run was made with: packages, system, and the commit of this file if git knows one."""
-    wanted = {"torch", "gymnasium", "ale-py", "numpy"}
-    packages = {package.name: package.version for package in metadata.distributions() if package.name in wanted}
-    status, commit = subprocess.getstatusoutput(f'git -C "{SCRIPT.resolve().parent}" rev-parse HEAD')
-    return packages | {"python": sys.version, "platform": sys.platform, "commit": None if status else commit}
+def check_finite(values: dict):
+    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_finite(value)
+        elif name != "param_groups" and not torch.as_tensor(value).sum().isfinite():  # groups are settings
+            sys.exit(f"\n{SCRIPT.name}: error: {name} is NaN or infinite; the last checkpoint is kept")
 
 
 class Run:
-    """One training run: its folder, logs, checkpoints and progress bar.
+    """The folder of a training run with its logs and checkpoints, and the progress bar.
 
-    `parts` have a state_dict and are what a checkpoint holds beside the step: agent, optimizer, ...
+    `parts` are what training changes and a checkpoint must hold: agent, optimizer, ... Each has a state_dict.
     """
 
-    def __init__(self, args: Args, steps_per_iteration: int, **parts):
-        self.args, self.parts, self.config = args, parts, asdict(args) | {"resume": None}
-        if args.resume:
-            self.folder, state = Path(args.resume), load_checkpoint(args.resume)
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        else:
-            name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-            self.folder = Path("runs", re.sub("[/:]", "-", name))
-            state = {"step": 0, "episodes_size": 0, "wandb_id": None}
-        self.step, self.wandb_id, self.wandb = state["step"], state["wandb_id"], None
-        iterations, cuts = args.total_timesteps // steps_per_iteration, args.num_checkpoints
-        self.last_step = iterations * steps_per_iteration
-        self.cuts = [iterations * i // cuts * steps_per_iteration for i in range(cuts)]
-        self.next_cut = self.step
-        if args.track:
+    def __init__(self, args: Args, **parts):
+        self.args = args
+        self.parts = parts
+        saved = {"step": 0, "csv_size": 0}
+        name = f"{args.env_id}__{SCRIPT.stem}__{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self.folder = Path("runs", re.sub("[/:]", "-", name))
+        if args.resume is not None:
+            saved = load_checkpoint(args.resume, **parts)
+            self.folder = Path(args.resume)
+        self.step = self.next_checkpoint = saved["step"]  # the first checkpoint is due at once
+        if args.track:  # all that goes to TensorBoard goes to wandb, too
             import wandb
 
-            who = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.wandb_id}
+            self.wandb = wandb
+            where = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": self.folder.name}
             try:
-                wandb.init(**who, resume="allow", name=self.folder.name, config=self.config)
+                wandb.init(**where, resume="allow", config=asdict(args), sync_tensorboard=True, save_code=True)
             except wandb.Error as error:
-                refuse(f"--track: {error} (or set WANDB_MODE=offline)")
-            wandb.define_metric("*", step_metric="global_step")
-            self.wandb, self.wandb_id = wandb, wandb.run.id
-        if not args.resume:
-            self.folder.mkdir(parents=True)
-            shutil.copy(SCRIPT, self.folder)
-        if self.wandb:
-            self.wandb.run.log_code(str(self.folder))
-        about = versions() | {"device": str(next(parts["agent"].parameters()).device)}
-        (self.folder / "config.json").write_text(json.dumps(self.config | about, indent=2))
-        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1 if args.resume else None)
-        self.episodes = open(self.folder / "episodes.csv", "ab")
-        self.episodes.truncate(state["episodes_size"])  # what came after the checkpoint comes again
-        self.episodes.write(b"" if args.resume else b"step,return,length\n")
-        self.ended, self.returns = [], deque(maxlen=100)
-        self.bar = tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True)
+                fail(f"--track: {error}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / SCRIPT.name).write_bytes(SCRIPT.read_bytes())
+        self.csv = open(self.folder / "episodes.csv", "a")
+        self.csv.seek(self.csv.truncate(min(saved["csv_size"], self.csv.tell())))  # drop rows newer than the checkpoint
+        if self.csv.tell() == 0:
+            self.csv.write("step,return,length\n")
+        config = asdict(args) | {"torch": torch.__version__, "gymnasium": gym.__version__, "python": sys.version}
+        (self.folder / "config.json").write_text(json.dumps(config, indent=2))
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)  # hide points newer than the checkpoint
+        self.episodes = []  # (return, length) of each finished training episode
+        self.num_logged = 0
+        print(f"to continue: python {SCRIPT.name} --resume {self.folder} --env-id {args.env_id}", file=sys.stderr)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.step, unit="step", dynamic_ncols=True)
 
-    def __enter__(self):
-        gc.freeze()  # what is imported by now is no garbage: not looking at it again saves 5 % of the time
-        return self
-
-    def __exit__(self, error_type, error, traceback):
-        self.bar.close()
-        if error_type is not KeyboardInterrupt and getattr(error, "code", None) != 143:
-            self.writer.close()  # interrupted it may hold its own lock, and would wait for ever
-        self.episodes.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=int(error_type is not None))
-        failed = error_type and not isinstance(getattr(error, "code", None), str)  # a NaN would come again
-        if failed and (self.folder / "checkpoint.pt").exists():
-            resume = f"python {SCRIPT.name} --resume {self.folder}"
-            print(f"stopped at step {self.step}; to continue from the last checkpoint: {resume}", file=sys.stderr)
-        if error_type is KeyboardInterrupt:
-            sys.exit(130)
-
-    def record(self, obs, reward, infos: dict):
-        """Keep the episodes that ended at this step of the environments; stop at a NaN."""
-        self.check_finite(observation=obs, reward=reward)
-        if "episode" in infos:  # numbers or arrays, these perhaps with a mask of those that ended
-            ended = infos.get("_episode", slice(None))
-            for episode in zip(*(np.ravel(infos["episode"][key])[ended].tolist() for key in ("r", "l"))):
-                self.ended.append(episode)
-                self.returns.append(episode[0])
-                self.episodes.write(f"{self.step},{episode[0]},{episode[1]}\n".encode())
+    def record_episode(self, episode_return: float, length: int):
+        """Keep a finished training episode for episodes.csv, the next log entry and the progress bar."""
+        self.csv.write(f"{self.step},{episode_return},{length}\n")
+        self.episodes.append((episode_return, length))
 
     def log(self, metrics: dict):
-        """Write scalars for this step, and the means of the episodes since the last; stop at a NaN."""
-        self.check_finite(**metrics)
-        if self.ended:
-            metrics = dict(zip(("episode/return", "episode/length"), np.mean(self.ended, axis=0))) | metrics
-            self.bar.set_postfix_str(f"return {np.mean(self.returns):.2f}", refresh=False)
-            self.ended = []
+        """Write scalars, and the means of the episodes since the last call; a NaN stops the run."""
+        if len(self.episodes) > self.num_logged:
+            episode_return, length = np.mean(self.episodes[self.num_logged :], axis=0)
+            metrics = metrics | {"episode/return": episode_return, "episode/length": length}
+            self.bar.set_postfix_str(f"return {np.mean(self.episodes[-100:], axis=0)[0]:.2f}", refresh=False)
+            self.num_logged = len(self.episodes)
+        check_finite(metrics)
         for name, value in metrics.items():
             self.writer.add_scalar(name, value, self.step)
-        if self.wandb:
-            self.wandb.log(metrics | {"global_step": self.step})
-        self.bar.update(min(self.step, self.last_step) - self.bar.n)
+        self.bar.update(min(self.step, self.bar.total) - self.bar.n)
 
-    def check_finite(self, **values):
-        """End the run where a value is NaN or infinite; the last checkpoint stays."""
-        for name, value in values.items():
-            if not np.isfinite(np.asarray(value)).all():
-                sys.exit(f"{SCRIPT.name}: error: {name} is NaN or infinite at step {self.step}")
-
-    def cut(self, envs: VectorEnv) -> tuple:
-        """Evaluate, save, and start fresh environments seeded by (seed, step), with nothing carried over: so a
-        resumed run goes on as if never stopped. Returns the environments and their first observations."""
-        self.save(envs, max(1, self.args.eval_episodes // 10))
-        self.next_cut = min((cut for cut in self.cuts if cut > self.step), default=float("inf"))
-        seed = seed_everything(self.args.seed, self.step, 0)
-        envs = make_envs(self.args, envs.num_envs)
-        return envs, envs.reset(seed=seed)[0]
-
-    def save(self, envs: VectorEnv, episodes: int) -> np.ndarray:
-        """Close the environments, evaluate, write the checkpoint; returns the evaluation's returns."""
-        envs.close()
-        agent, seed = self.parts["agent"], seed_everything(self.args.seed, self.step, 1)
-        returns = evaluate(agent, self.args, episodes, seed)
-        if self.args.capture_video:
-            import imageio
-
-            path, fps = self.folder / f"step-{self.step}.mp4", envs.metadata.get("render_fps", 30)
-            with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
-                evaluate(agent, self.args, 1, seed, film=video.append_data)
-            if self.wandb:
-                self.wandb.log({"eval/video": self.wandb.Video(str(path)), "global_step": self.step})
-        self.log({"eval/return_mean": returns.mean(), "eval/return_std": returns.std()})
-        self.writer.flush()
-        self.episodes.flush()
+    def save_checkpoint(self, final: bool = False) -> np.ndarray:
+        """Write checkpoint.pt, then evaluate the agent; gives the returns of that evaluation."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"script": SCRIPT.name, "config": self.config, "step": self.step, "wandb_id": self.wandb_id}
-        state["episodes_size"] = (self.folder / "episodes.csv").stat().st_size
+        check_finite(state)
+        state |= {"script": SCRIPT.name, "config": asdict(self.args) | {"resume": None}}
+        state |= {"step": self.step, "csv_size": self.csv.tell()}  # tell() also flushes
         torch.save(state, self.folder / "checkpoint.tmp")
-        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")  # whole, or the one before
+        (self.folder / "checkpoint.tmp").replace(self.folder / "checkpoint.pt")  # atomic: never half a file
+        episodes = max(1, self.args.eval_episodes // 10)
+        # Train for at least 400 steps per evaluation episode, or evaluations would dominate a short run.
+        interval = max(self.args.total_timesteps / self.args.num_checkpoints, 400 * episodes)
+        self.next_checkpoint = (self.step // interval + 1) * interval
+        returns = evaluate(self.parts["agent"], self.args, self.args.eval_episodes if final else episodes)
+        self.log({"eval/return_mean": returns.mean(), "eval/return_std": returns.std()})
+        if self.args.capture_video:
+            path = self.folder / f"step-{self.step}.mp4"
+            fps = make_envs(self.args, 1, evaluation=True).metadata.get("render_fps", 30)
+            with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
+                evaluate(self.parts["agent"], self.args, 1, film=video.append_data)
+            if self.args.track:
+                self.wandb.log({"eval/video": self.wandb.Video(str(path)), "global_step": self.step})
+        self.writer.flush()
         return returns
 
-    def finish(self, envs: VectorEnv):
-        """The last checkpoint and the final evaluation, for results.json and the terminal."""
-        returns = self.save(envs, self.args.eval_episodes)
-        mean, std = float(returns.mean()), float(returns.std())
+    def finish(self) -> Path:
+        """Save the last checkpoint, evaluate for results.json, and return the run folder."""
+        returns = self.save_checkpoint(final=True)
+        self.bar.close()
+        self.writer.close()
+        mean = float(returns.mean())
+        std = float(returns.std())
         results = {"env_id": self.args.env_id, "mean_reward": mean, "std_reward": std}
         results |= {"is_deterministic": self.args.eval_deterministic, "n_eval_episodes": len(returns)}
-        results |= {"eval_datetime": datetime.now(timezone.utc).isoformat()}
+        results["eval_datetime"] = datetime.now(timezone.utc).isoformat()
         (self.folder / "results.json").write_text(json.dumps(results, indent=2))
-        self.bar.close()
         print(f"{self.args.env_id}: {mean:.2f} +/- {std:.2f} over {len(returns)} episodes, mean - std {mean - std:.2f}")
-        print(f"run folder: {self.folder}")
-        print(f"package it: python push_to_hub.py --checkpoint {self.folder / 'checkpoint.pt'}")
+        print(f"package it: python push_to_hub.py --checkpoint {self.folder}")
+        return self.folder
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C and kill: leave at once, the last checkpoint is kept
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     train(parse_args(sys.argv[1:]))

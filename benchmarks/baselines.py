@@ -1,4 +1,4 @@
-"""The lesson on variance: REINFORCE on CartPole-v1 with each baseline, five seeds, drawn into docs/baselines.png.
+"""The lesson on variance: REINFORCE on CartPole-v1 with each baseline and five seeds, drawn into docs/baselines.png.
 
 python benchmarks/baselines.py              # trains what is not in benchmarks/baselines.csv, then draws
 """
@@ -15,14 +15,14 @@ from speed import HERE, ROOT
 
 BASELINES = {"none": "#b5541c", "mean": "#3f8f5b", "learned": "#1f4e79"}
 SEEDS = range(1, 6)
-FLAGS = "--num-envs 4 --total-timesteps 3e5 --learning-rate 1e-2 --no-anneal-lr --no-normalize-observations"
+FLAGS = "--num-envs 4 --total-timesteps 300_000 --learning-rate 1e-2 --no-anneal-lr --no-normalize-observations"
 FLAGS += " --num-checkpoints 1 --eval-episodes 10"
-GRID = np.linspace(0, 300_000, 61)[1:]  # steps at which the curves are read
+GRID = np.linspace(0, 300_000, 61)[1:]  # ends of the intervals of steps over which the curves are averaged
 PATH = HERE / "baselines.csv"
 
 
 def train(baseline: str, seed: int) -> list:
-    """Train one agent; rows of the return and the scatter that the baseline left, at each point of the grid."""
+    """Train one agent; returns a row for each interval: the mean return, and the noise that the baseline left."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with TemporaryDirectory() as folder:
@@ -34,14 +34,14 @@ def train(baseline: str, seed: int) -> list:
     means = []
     for name in ("episode/return", "loss/value"):
         steps, values = (np.array([getattr(e, key) for e in events.Scalars(name)]) for key in ("step", "value"))
-        inside = np.digitize(steps, [0, *GRID], right=True) - 1  # the interval that each update fell into
+        inside = np.digitize(steps, [0, *GRID], right=True) - 1  # the interval of each update
         means.append([values[inside == i].mean() if (inside == i).any() else np.nan for i in range(len(GRID))])
-    print(f"{baseline}, seed {seed}: the last return was {means[0][-1]:.0f}", flush=True)
+    print(f"{baseline}, seed {seed}: the last return is {means[0][-1]:.0f}", flush=True)
     return [(baseline, seed, int(s), round(r, 2), round(v**0.5, 3)) for s, r, v in zip(GRID, *means)]
 
 
 def draw(rows: list, path: Path):
-    """Mean over the seeds, and between the worst and the best of them, of return and scatter."""
+    """Draw the return and the noise: the mean over the seeds, and the range from the worst to the best of them."""
     from matplotlib.figure import Figure
 
     axes = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
@@ -60,7 +60,7 @@ def draw(rows: list, path: Path):
 
 
 def main():
-    """Train, two at a time; write the CSV; draw it."""
+    """Train two agents at a time, write the CSV file after each, and draw it."""
     rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
     done = {(row[0], int(row[1])) for row in rows}
     todo = [(baseline, seed) for seed in SEEDS for baseline in BASELINES if (baseline, seed) not in done]

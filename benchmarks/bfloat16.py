@@ -1,4 +1,4 @@
-"""Does bfloat16 change what is learned? PPO on Breakout with it and without, drawn into docs/bfloat16.png.
+"""Does bfloat16 change what is learned? PPO on Breakout with and without it, drawn into docs/bfloat16.png.
 
 python benchmarks/bfloat16.py               # trains what is not in benchmarks/bfloat16.csv, then draws
 """
@@ -16,15 +16,15 @@ from speed import HERE, ROOT
 FORMATS = {"bfloat16": "#1f4e79", "float32": "#b5541c"}
 SEEDS = (1, 2)
 STEPS = 300_000
-GRID = np.linspace(0, STEPS, 16)[1:]  # steps at which the curves are read
+GRID = np.linspace(0, STEPS, 16)[1:]  # ends of the intervals of steps over which the curves are averaged
 PATH = HERE / "bfloat16.csv"
 
 
 def train(name: str, seed: int) -> list:
-    """Train one agent on one thread; rows of the mean score of the games that ended in each interval of the grid."""
+    """Train one agent on one thread; returns a row for each interval: the mean score of the games that ended in it."""
     flags = f"--total-timesteps {STEPS} --num-threads 1 --num-checkpoints 1 --eval-episodes 10 --seed {seed}"
     flags += " --device cpu --bfloat16" if name == "bfloat16" else " --device cpu --no-bfloat16"
-    flags += ' --env-kwargs {"num_threads":1}'  # of the games
+    flags += ' --env-kwargs {"num_threads":1}'  # one thread for the games, too
     with TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(ROOT / "ppo_atari.py"), *flags.split()], cwd=folder, check=True)
         (path,) = Path(folder, "runs").glob("*/episodes.csv")
@@ -34,7 +34,7 @@ def train(name: str, seed: int) -> list:
 
 
 def draw(rows: list, path: Path):
-    """One line a run."""
+    """Draw one line for each run."""
     from matplotlib.figure import Figure
 
     axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
@@ -50,7 +50,7 @@ def draw(rows: list, path: Path):
 
 
 def main():
-    """Train, two at a time; write the CSV; draw it."""
+    """Train two agents at a time, write the CSV file after each, and draw it."""
     rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
     done = {(row[0], int(row[1])) for row in rows}
     todo = [(name, seed) for seed in SEEDS for name in FORMATS if (name, seed) not in done]

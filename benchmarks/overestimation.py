@@ -1,11 +1,11 @@
-"""The lesson of Double DQN: the value that DQN and Double DQN expect beside what they then get [DDQN, Fig. 3].
+"""The lesson of Double DQN: the value that an agent expects, and the return that it gets [DDQN, Fig. 3].
 
-Trains both on Space Invaders, and at every checkpoint plays on for a while: the mean of max Q(s, a) over the states met
-there against the mean of the discounted return that followed them, drawn into docs/overestimation.png. The runs are
-those of scores.py, and go on where they were stopped.
+Trains DQN and Double DQN on Space Invaders. At every checkpoint each agent plays for a while. The mean of max Q(s, a)
+over the states it meets, and the mean discounted return that follows them, are drawn into docs/overestimation.png. The
+runs are those of scores.py; one that was stopped continues from its last checkpoint.
 
     python benchmarks/overestimation.py                  # one after the other
-    python benchmarks/overestimation.py dqn_atari        # only one, to have the other at the same time
+    python benchmarks/overestimation.py dqn_atari        # only this one; a second terminal can train the other
 
 Papers
     [DDQN] van Hasselt et al. 2015, Deep Reinforcement Learning with Double Q-learning, arXiv:1509.06461
@@ -21,20 +21,25 @@ import torch
 from scores import HERE, ROOT, TABLE, read, run_folder, train
 
 NAMES = {"dqn_atari": ("DQN", "#b5541c"), "ddqn_atari": ("Double DQN", "#1f4e79")}
-NUM_ENVS, NUM_STEPS, HORIZON = 10, 1500, 500  # what comes after the horizon counts less than a hundredth: γ^500
+NUM_ENVS = 10
+NUM_STEPS = 1500
+HORIZON = 500  # later rewards are ignored, because their weight is less than a hundredth: gamma^500
 PATH = HERE / "overestimation.csv"
 
 
 @torch.no_grad()
 def measure(make_envs, agent, args, seed: int) -> tuple:
-    """Mean over states of max Q and of the return from there, in training's currency: signs of rewards, one life."""
+    """The mean of max Q over the states of a rollout, and the mean discounted return from these states.
+
+    The environments are those of training: the reward is clipped to its sign, and a return ends with the life.
+    """
     envs = make_envs(args, NUM_ENVS)
     obs, _ = envs.reset(seed=seed)
     expected, rewards, terminated = (np.zeros((NUM_STEPS, NUM_ENVS)) for _ in range(3))
     for t in range(NUM_STEPS):
         obs = torch.as_tensor(obs, device=next(agent.parameters()).device)
         expected[t] = agent(obs).amax(-1).cpu()
-        obs, rewards[t], terminated[t], _, _ = envs.step(agent.explore(agent.best_action(obs), args.eval_epsilon))
+        obs, rewards[t], terminated[t], _, _ = envs.step(agent.epsilon_greedy(obs, args.eval_epsilon))
     envs.close()
     returns = rewards.copy()
     for t in reversed(range(NUM_STEPS - 1)):
@@ -43,14 +48,13 @@ def measure(make_envs, agent, args, seed: int) -> tuple:
 
 
 def child(script: str, argv: list):
-    """Run a script whose checkpoints write what `measure` finds into the run's folder too."""
-    sys.path.insert(0, str(ROOT))
+    """Train with a script, and append what `measure` finds at each checkpoint to a file in the run folder."""
     module = importlib.import_module(script)
 
     class Run(module.Run):
-        def save(self, envs, episodes):
-            returns = super().save(envs, episodes)
-            seed = module.seed_everything(self.args.seed, self.step, 2)
+        def save_checkpoint(self, final: bool = False):
+            returns = super().save_checkpoint(final)
+            seed = module.seed_everything(self.args.seed, self.step, 2)  # training is seeded again after this
             expected, got = measure(module.make_envs, self.parts["agent"], self.args, seed)
             with (self.folder / "overestimation.csv").open("a") as file:
                 file.write(f"{self.step},{expected:.4f},{got:.4f}\n")
@@ -61,7 +65,7 @@ def child(script: str, argv: list):
 
 
 def draw(rows: list):
-    """A line for what each agent expects, a dashed one for what it gets."""
+    """Draw what each agent expects as a line, and what it gets as a dashed one."""
     from matplotlib.figure import Figure
 
     axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
@@ -79,19 +83,19 @@ def draw(rows: list):
 
 
 def main(wanted: list):
-    """Train what is not in the CSV; write it; draw it."""
+    """Train what is not in the CSV file, write the file, and draw it."""
     for script in wanted:
         (flags,) = (flags for name, flags, _ in TABLE if name == script and "SpaceInvaders" in flags)
         if not any(row["script"] == script for row in read(PATH)):
             folder = run_folder(script, flags, "1")
-            if not any(folder.glob("runs/*/overestimation.csv")):  # one that was trained without the measurement
+            if not any(folder.glob("runs/*/overestimation.csv")):  # it was trained without measuring
                 shutil.rmtree(folder, ignore_errors=True)
             run, _ = train(script, flags, "1", [__file__, "--child", script])
-            found = {}  # by step: what came after the last checkpoint of a run that was stopped came again
+            found = {}  # by step, because a resumed run measures its last checkpoint twice
             for line in csv.reader((run / "overestimation.csv").open()):
                 found[int(line[0])] = line
             rows = [dict(zip(("script", "step", "expected", "return"), (script, *line))) for line in found.values()]
-            kept = [row for row in read(PATH) if row["script"] != script]  # read late: the other may have been written
+            kept = [row for row in read(PATH) if row["script"] != script]  # another process may have written
             with PATH.open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()

@@ -1,7 +1,7 @@
-"""Draws what was measured into docs/: curves.png, how the evaluations of each task rise over its steps; speed.png,
-how much faster than Stable-Baselines3; scaling.png, speed over environments and memory over the size of the replay.
+"""Draws the measurements into docs/: curves.png, the evaluations of each task over its steps; speed.png, the speed
+compared with Stable-Baselines3; scaling.png, speed over the number of environments and memory over the replay's size.
 
-python benchmarks/plot.py
+    python benchmarks/plot.py
 """
 
 from statistics import median
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scores import CURVES, GPU_TABLE, HERE, ROOT, SCORES, TABLE, key, read
 
-# script and a part of its flags: the score to compare with, and whose it is; the first that fits counts
+# script, a part of its flags, the score to compare with, and its source; the first row that fits is used
 REFERENCES = [
     ("q_learning", "is_slippery", 1, "optimum"),
     ("q_learning", "FrozenLake8x8", 0.913, "optimum"),
@@ -47,8 +47,10 @@ COLOR, REFERENCE_COLOR = "#1f4e79", "#b5541c"
 
 
 def panels() -> dict:
-    """The curves of each (script, flags, environment) that has some, in the order of the table: arrays (steps, 2)."""
-    env_ids, runs, found = {key(row): row["env_id"] for row in read(SCORES)}, {}, {}
+    """The curves (steps, 2) of each (script, flags, environment) that has some, in the order of the tables."""
+    env_ids = {key(row): row["env_id"] for row in read(SCORES)}
+    runs = {}
+    found = {}
     for row in read(CURVES):
         runs.setdefault(key(row), []).append((int(row["step"]), float(row["return"])))
     for script, flags, seeds in (*TABLE, *GPU_TABLE):
@@ -59,12 +61,12 @@ def panels() -> dict:
 
 
 def name_of(env_id: str) -> str:
-    """The environment's name in a title: without its package, and a game without its suffix."""
+    """The environment's name for a title, without its package and without the suffix of Atari games."""
     return env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
 
 
 def draw_curves(found: dict):
-    """A panel a task: the mean over the seeds, between the worst and the best of them."""
+    """Draw a panel for each task: the mean over the seeds, and the range from the worst to the best of them."""
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
     figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
@@ -72,7 +74,7 @@ def draw_curves(found: dict):
     for axis in axes.flat[len(found) :]:
         axis.remove()
     for axis, ((script, flags, env_id), curves) in zip(axes.flat, found.items()):
-        steps = curves[0][:, 0]  # of the others nearly the same
+        steps = curves[0][:, 0]  # nearly the same with other seeds
         returns = np.array([np.interp(steps, *curve.T) for curve in curves])
         unit, name = (1e6, "M") if steps[-1] >= 1e6 else (1e3, "thousand")
         axis.plot(steps / unit, returns.mean(0), color=COLOR)
@@ -88,8 +90,9 @@ def draw_curves(found: dict):
 
 
 def ratios() -> dict:
-    """How many times as fast as Stable-Baselines3 each task was, one ratio a round."""
-    rates, found = {}, {}
+    """For each task, our speed divided by that of Stable-Baselines3, one ratio for each round."""
+    rates = {}
+    found = {}
     for row in read(HERE / "speed.csv"):
         best = rates.setdefault((row["task"], row["round"]), {})
         best[row["contender"]] = max(best.get(row["contender"], 0), int(row["steps_per_second"]))
@@ -100,7 +103,7 @@ def ratios() -> dict:
 
 
 def draw_speed(found: dict):
-    """A bar a task as long as the median ratio, with the range of the rounds."""
+    """Draw the median ratio of each task as a bar, with the range of the rounds."""
     axis = (figure := Figure(figsize=(8, 0.6 + 0.45 * len(found)), layout="constrained")).subplots()
     middle = {task: median(rounds) for task, rounds in sorted(found.items(), key=lambda item: median(item[1]))}
     reach = [(middle[task] - min(found[task]), max(found[task]) - middle[task]) for task in middle]
@@ -114,7 +117,7 @@ def draw_speed(found: dict):
 
 
 def draw_scaling(rates: list, memory: list):
-    """Steps per second over the number of environments, a panel a script, and memory over the size of the replay."""
+    """Draw steps per second over the number of environments, and memory over the size of the replay."""
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     *axes, last = figure.subplots(1, 3)
     for axis, script in zip(axes, ("ppo", "ppo_atari")):

@@ -1,4 +1,4 @@
-"""Puts films side by side into one small GIF, as the README shows it.
+"""Puts videos side by side into one small GIF for the README.
 
 python benchmarks/replays.py hub/ppo-LunarLander-v3/replay.mp4 hub/ppo-CartPole-v1/replay.mp4 --out docs/replays.gif
 """
@@ -12,20 +12,20 @@ from PIL import Image
 
 
 def main(films: tyro.conf.Positional[list[Path]], out: Path, seconds: float = 8, height: int = 160, fps: int = 10):
-    """The first `seconds` of each film, `height` pixels high, `fps` frames a second.
+    """Write the first `seconds` of each video side by side.
 
     Args:
-        films: films that imageio can read.
+        films: videos that imageio can read.
         out: the GIF.
-        seconds: of each film.
-        height: of the GIF, in pixels.
-        fps: frames of the GIF per second.
+        seconds: length of the GIF.
+        height: height of the GIF, in pixels.
+        fps: frames per second of the GIF.
     """
     columns = []
     for film in films:
         frames = imageio.imread(film)
         moments = np.arange(seconds * fps) / fps * imageio.immeta(film)["fps"]
-        frames = frames[np.minimum(moments.astype(int), len(frames) - 1)]  # the last one stays
+        frames = frames[np.minimum(moments.astype(int), len(frames) - 1)]  # its last frame stays
         size = round(height * frames.shape[2] / frames.shape[1]), height
         columns.append([Image.fromarray(frame).resize(size) for frame in frames])
     gif = [Image.fromarray(np.hstack(frames)).quantize(64) for frames in zip(*columns)]

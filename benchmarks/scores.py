@@ -1,15 +1,16 @@
-"""Trains every row of TABLE, seed after seed: benchmarks/scores.csv has the scores, curves.csv the way there.
+"""Trains all rows of TABLE: the scores are in benchmarks/scores.csv, the evaluations on the way in curves.csv.
 
-What is there is skipped, and a run that was stopped goes on from its last checkpoint, so this can be stopped at any
-time and started again (after `kill -9` stop the training itself too). The runs stay in runs/scores.
+Rows that are in the files are skipped, and a run that was stopped continues from its last checkpoint. So this program
+can be stopped at any time and started again. The runs are in runs/scores.
 
     python benchmarks/scores.py
-    python benchmarks/scores.py --gpu                           # the 10 million steps of the papers' games, on a GPU
-    python benchmarks/scores.py --only "ppo CartPole"           # the rows with all of these words
-    python benchmarks/scores.py --only "ppo CartPole" --redo    # forget them first
+    python benchmarks/scores.py --gpu                           # 10 million steps of the papers' games, on a GPU
+    python benchmarks/scores.py --only "ppo CartPole"           # only the rows with both words
+    python benchmarks/scores.py --only "ppo CartPole" --redo    # forget their results first
 """
 
 import csv
+import importlib
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 from zlib import crc32
 
 import gymnasium as gym
@@ -35,51 +37,52 @@ import push_to_hub  # noqa: E402
 
 # script, flags, seeds
 TABLE = [
-    ("q_learning", "--eval-episodes 10000", 3),
+    ("q_learning", "--eval-episodes 10_000", 3),
     ("q_learning", """--env-kwargs '{"is_slippery": false}'""", 3),
-    ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2e6 --eval-episodes 10000", 3),
+    ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2_000_000 --eval-episodes 10_000", 3),
     ("q_learning", "--env-id Taxi-v4 --eval-episodes 100", 3),
     ("q_learning", "--env-id CliffWalking-v1", 3),
     ("reinforce", "", 3),
     ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
      """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
-     "--normalize-observations --total-timesteps 4e6 --learning-rate 3e-3 --gamma 0.97", 3),
+     "--normalize-observations --total-timesteps 4_000_000 --learning-rate 3e-3 --gamma 0.97", 3),
     ("a2c_continuous", "", 3),
-    ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3e6 --num-steps 8 --optimizer rmsprop "
-     "--no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 3),
-    ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 4e5 --num-steps 8 --gamma 0.95 "
+    ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3_000_000 --num-steps 8 "
+     "--optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 3),
+    ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 --gamma 0.95 "
      "--gae-lambda 0.9", 3),
-    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1e6 --num-envs 8 --num-steps 4 --gamma 0.9 "
+    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 4 --gamma 0.9 "
      "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", 3),
-    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1e6 --num-steps 8 --action-std 0.135", 3),
+    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", 3),
     ("ppo", "", 6),
-    ("ppo", "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
+    ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
-    ("ppo", "--env-id Acrobot-v1 --total-timesteps 1e6 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
+    ("ppo", "--env-id Acrobot-v1 --total-timesteps 1_000_000 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
      "--gamma 0.99 --gae-lambda 0.94 --ent-coef 0 --normalize-observations", 3),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 3),
-    ("ppo", "--env-id Pendulum-v1 --total-timesteps 2e5 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
+    ("ppo", "--env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 3),
-    ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2e6 --learning-rate 5e-4 --num-threads 1", 1),
-    ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1e6 --buffer-size 2e5 --learning-starts 10000 "
-     "--train-frequency 2", 1),
-    ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
-     "--learning-starts 10000 --num-threads 1", 1),
-    ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 --learning-starts 10000 "
-     "--train-frequency 2 --num-threads 1", 1),
-    ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 6e5 --buffer-size 2e5 "
-     "--learning-starts 10000 --num-threads 1", 1),
+    ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1", 1),
+    ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
+     "--learning-starts 10_000 --train-frequency 2", 1),
+    ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
+     "--learning-starts 10_000 --num-threads 1", 1),
+    ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
+     "--learning-starts 10_000 --train-frequency 2 --num-threads 1", 1),
+    ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
+     "--learning-starts 10_000 --num-threads 1", 1),
 ]  # fmt: skip
 GPU_TABLE = [
     (script, f"--env-id {game}NoFrameskip-v4 --device cuda --compile {flags}", 1)
     for game in ("Pong", "Breakout", "SpaceInvaders", "BeamRider", "Qbert", "Seaquest")
     for script, flags in (
-        ("ppo_atari", "--num-envs 32 --num-steps 32"),  # the default's steps in a rollout, from more environments
+        ("ppo_atari", "--num-envs 32 --num-steps 32"),  # as many steps in a rollout as by default, in more environments
         ("dqn_atari", "--num-envs 32"),
         ("ddqn_atari", "--num-envs 32"),
     )
 ]
-SCORES, CURVES = HERE / "scores.csv", HERE / "curves.csv"
+SCORES = HERE / "scores.csv"
+CURVES = HERE / "curves.csv"
 KEY = ("script", "flags", "seed")
 
 
@@ -87,23 +90,24 @@ def main(only: str = "", curves: bool = False, redo: bool = False, gpu: bool = F
     """Train what is not in scores.csv yet.
 
     Args:
-        only: words with which one of script and flags has to begin, each.
-        curves: train also what is not in curves.csv; a score that comes out the same stays as it was measured.
-        redo: forget first what was measured; if stopped, to be continued without.
-        gpu: the rows of GPU_TABLE instead.
+        only: train only the rows in which each of these words is the beginning of a word of the script and its flags.
+        curves: train also what is not in curves.csv; an equal score keeps its old row.
+        redo: delete the old results first; to continue after a stop, leave it out.
+        gpu: train the rows of GPU_TABLE instead.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which stops the training too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the training, too
     rows = [row for row in (GPU_TABLE if gpu else TABLE) if selected(only, *row[:2])]
     tasks = [(script, flags, str(seed)) for script, flags, seeds in rows for seed in range(1, seeds + 1)]
-    for task in tasks if redo else ():
-        shutil.rmtree(run_folder(*task), ignore_errors=True)
-        replace(SCORES, task, [])
-        replace(CURVES, task, [])
+    if redo:
+        for task in tasks:
+            shutil.rmtree(run_folder(*task), ignore_errors=True)
+            replace(SCORES, task, [])
+            replace(CURVES, task, [])
     for task in tasks:
         scored, drawn = (any(key(row) == task for row in read(path)) for path in (SCORES, CURVES))
         if not scored or (curves and not drawn):
-            run = train(*task, [str(ROOT / f"{task[0]}.py")])
-            row, curve = collect(*task, *run)
+            run, seconds = train(*task, [str(ROOT / f"{task[0]}.py")])
+            row, curve = collect(*task, run, seconds)
             print(row, flush=True)
             same = [old for old in read(SCORES) if key(old) == task and float(old["mean"]) == row["mean"]]
             replace(SCORES, task, same or [row])
@@ -111,23 +115,23 @@ def main(only: str = "", curves: bool = False, redo: bool = False, gpu: bool = F
 
 
 def selected(only: str, script: str, flags: str) -> bool:
-    """Whether each word of `only` begins one of script and flags; "Pendulum" and "a2c" do in a2c's Pendulum."""
+    """Whether each word of `only` is the beginning of a word of the script and its flags."""
     words = re.split("[ :]", f"{script} {flags}")
     return all(any(word.startswith(start) for word in words) for start in only.split())
 
 
 def key(row: dict) -> tuple:
-    """What tells one run from all others."""
+    """The columns that identify a run."""
     return tuple(row[name] for name in KEY)
 
 
 def read(path: Path) -> list:
-    """The rows of a CSV file, none if it is not there."""
+    """The rows of a CSV file, none if it does not exist."""
     return list(csv.DictReader(path.open())) if path.exists() else []
 
 
 def replace(path: Path, task: tuple, rows: list):
-    """Put the rows of a task into a CSV file, which stays whole until the new one is; read anew, others write too."""
+    """Replace the rows of a task in a CSV file, and move the new file into place: another process may read it."""
     unfinished = path.with_suffix(f".{os.getpid()}")
     rows = [row for row in read(path) if key(row) != task] + rows
     with unfinished.open("w", newline="") as file:
@@ -138,58 +142,61 @@ def replace(path: Path, task: tuple, rows: list):
 
 
 def position(row: dict) -> int:
-    """Where the row's task is in the table, so that the files are in its order whatever was trained first."""
+    """The position of a row in a CSV file: in the order of the tables, whatever was trained first."""
     tasks = [task[:2] for task in (*TABLE, *GPU_TABLE)]
     return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
 
 
 def run_folder(script: str, flags: str, seed: str) -> Path:
-    """The working directory of a task's run."""
+    """The working directory of a task."""
     return ROOT / "runs" / "scores" / f"{script}-{crc32(flags.encode()):08x}-{seed}"
 
 
 def train(script: str, flags: str, seed: str, program: list) -> tuple:
-    """Train one agent as a user would, by `program` and its flags, or go on with it where it was stopped.
+    """Train an agent with `program` in a process of its own, or continue a run that was stopped.
 
-    Returns the run's folder and its wall time in seconds over all sittings.
+    Returns the run folder and the wall time in seconds, without the time between a stop and the next start.
     """
-    (folder := run_folder(script, flags, seed)).mkdir(parents=True, exist_ok=True)
-    for run in folder.glob("runs/*"):
-        if not (run / "checkpoint.pt").exists():  # stopped before its first
-            shutil.rmtree(run)
+    folder = run_folder(script, flags, seed)
+    folder.mkdir(parents=True, exist_ok=True)
     words = [*shlex.split(flags), "--seed", seed]
-    before, start = 0.0, time.perf_counter()
+    seconds = 0.0
     for run in folder.glob("runs/*"):
+        if not (run / "checkpoint.pt").exists():  # stopped before its first checkpoint
+            shutil.rmtree(run)
+            continue
+        seconds = wall_time(run)
         if (run / "results.json").exists():
-            return run, wall_time(run)
-        words, before = ["--resume", str(run)], wall_time(run)
+            return run, seconds
+        words += ["--resume", str(run)]
+    start = time.perf_counter()
     subprocess.run([sys.executable, *program, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
     (run,) = folder.glob("runs/*")
-    return run, before + time.perf_counter() - start
+    return run, seconds + time.perf_counter() - start
 
 
 def wall_time(run: Path) -> float:
-    """The seconds from the first to the last entry of the logs, of which each sitting writes one."""
+    """The seconds from the first to the last entry of each log, summed; each start of the run writes one log."""
     times = [[event.wall_time for event in EventFileLoader(str(log)).Load()] for log in run.glob("events.*")]
-    return sum(max(sitting) - min(sitting) for sitting in times if sitting)
+    return sum(max(entries) - min(entries) for entries in times if entries)
 
 
 def collect(script: str, flags: str, seed: str, run: Path, seconds: float) -> tuple:
-    """The row of a finished run's score and those of its evaluations on the way."""
-    results, config = (json.loads((run / name).read_text()) for name in ("results.json", "config.json"))
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    """The row of scores.csv and the rows of curves.csv for a finished run."""
+    results = json.loads((run / "results.json").read_text())
+    config = json.loads((run / "config.json").read_text())
     task = {"script": script, "flags": flags, "seed": seed}
-    means = {event.step: event.value for event in events.Scalars("eval/return_mean")}  # a sitting repeats the last one
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    means = {event.step: event.value for event in events.Scalars("eval/return_mean")}  # a resumed run repeats one
     curve = [task | {"step": step, "return": round(mean, 4)} for step, mean in means.items()]
-    sittings = len(list(run.glob("events.*")))
-    note = f"in {sittings} sittings" if sittings > 1 else ""
+    starts = len(list(run.glob("events.*")))
+    note = f"in {starts} sittings" if starts > 1 else ""
     if results["env_id"] == "Taxi-v4":
-        returns, _ = evaluate(run)
+        returns, _ = evaluate(script, run, push_to_hub.TAXI_SEEDS)
+        results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
         note = "on the 100 seeds of the Deep RL Course"
-        results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
     if "FlappyBird" in results["env_id"]:
-        returns, pipes = evaluate(run)
-        results |= {"mean_reward": returns.mean(), "std_reward": returns.std(), "n_eval_episodes": len(returns)}
+        _, pipes = evaluate(script, run)
         note = f"{np.mean(pipes):.2f} +/- {np.std(pipes):.2f} pipes"
     row = {
         "script": script,
@@ -200,47 +207,59 @@ def collect(script: str, flags: str, seed: str, run: Path, seconds: float) -> tu
         "std": round(results["std_reward"], 4),
         "episodes": results["n_eval_episodes"],
         "seconds": round(seconds),
-        "machine": machine(config["device"]),
+        "machine": machine(script, config["device"]),
         "torch": config["torch"],
         "gymnasium": config["gymnasium"],
-        "commit": config["commit"],
+        "commit": commit(),
         "flags": flags,
         "note": note,
     }
     return row, curve
 
 
-def machine(device: str) -> str:
-    """The machine that a run on `device` needed."""
-    gpu = torch.cuda.get_device_name(device) if torch.cuda.is_available() and "cuda" in device else device
-    return f"{os.cpu_count()} cores, {cpu_name()}" + ("" if gpu == "cpu" else f", {gpu}")
+def machine(script: str, device: str) -> str:
+    """The machine that a run on `device` used: the CPU, and the GPU if it used one."""
+    cpu = f"{os.cpu_count()} cores, {cpu_name()}"
+    used = importlib.import_module(script).pick_device(device)
+    if used.type == "cpu":
+        return cpu
+    return f"{cpu}, {torch.cuda.get_device_name(used) if used.type == 'cuda' else used.type}"
 
 
-def evaluate(run: Path) -> tuple:
-    """Returns of 100 episodes, evaluated by push_to_hub.py, and the score that the environment counted, if it does."""
-    options, scores = push_to_hub.Options(checkpoint=str(run)), []
-    module, args, agent = push_to_hub.rebuild(push_to_hub.read(str(run)), options)
-    make_envs = module.make_envs
+def commit() -> str:
+    """The commit of this repository, empty without git."""
+    status, text = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse HEAD')
+    return "" if status else text
 
-    class KeepScores(gym.vector.VectorWrapper):
-        """Keeps infos["score"] of the first episode of every environment."""
 
-        def reset(self, **kwargs):
-            self.running = np.ones(self.num_envs, dtype=bool)
-            return self.env.reset(**kwargs)
+class CountPipes(gym.vector.VectorWrapper):
+    """Keeps the last infos["score"] of each environment's first episode in `pipes`, if there is one."""
 
-        def step(self, actions):
-            obs, reward, terminated, truncated, infos = self.env.step(actions)
-            ended = self.running & (terminated | truncated)
-            self.running &= ~ended
-            if "score" in infos:
-                scores.extend(infos["score"][ended].tolist())
-            return obs, reward, terminated, truncated, infos
+    def reset(self, **kwargs):
+        self.pipes = np.zeros(self.num_envs)
+        self.running = np.ones(self.num_envs, dtype=bool)
+        return self.env.reset(**kwargs)
 
-    module.make_envs = lambda *args, **kwargs: KeepScores(make_envs(*args, **kwargs))
-    returns = push_to_hub.score(module, args, agent, options)
-    module.make_envs = make_envs
-    return returns, scores
+    def step(self, actions):
+        obs, reward, terminated, truncated, infos = self.env.step(actions)
+        if "score" in infos:
+            self.pipes[self.running] = infos["score"][self.running]
+        self.running &= ~(terminated | truncated)
+        return obs, reward, terminated, truncated, infos
+
+
+def evaluate(script: str, run: Path, seeds: list | None = None) -> tuple:
+    """Evaluate the agent of a run as the script does, or on `seeds`; its returns, and the pipes of Flappy Bird."""
+    module = importlib.import_module(script)
+    checkpoint = module.load_checkpoint(run)
+    args = module.Args(**checkpoint["config"])
+    episodes = len(seeds) if seeds else args.eval_episodes
+    envs = CountPipes(module.make_envs(args, episodes, evaluation=True))
+    agent = module.Agent(envs, args)
+    agent.load_state_dict(checkpoint["agent"])
+    with patch.object(module, "make_envs", lambda *args, **kwargs: envs):
+        returns = module.evaluate(agent, args, episodes, seeds)
+    return returns, envs.pipes
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Steps per second of this project, of Stable-Baselines3 with the same hyperparameters, and of the ceiling.
 
-The ceiling is the environment stepped with random actions. The contenders take turns, each in a process of its
-own, because machines drift: compare numbers of one run only. Stable-Baselines3 runs with one thread and with
-two, the better of a round counts; from pixels with all cores, as we do (one thread was the slower in each round tried).
+The ceiling is the environment stepped with random actions. The contenders take turns, each in a process of its own,
+because the speed of a machine drifts: compare only numbers of one call. Stable-Baselines3 runs with one thread and with
+two, and the faster one of a round counts; from pixels it runs with all cores, as we do (one thread was always slower).
 
     python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/speed.csv
     python benchmarks/speed.py --only atari --rounds 3
     python benchmarks/speed.py --scaling           # over the number of environments: benchmarks/scaling.csv
     python benchmarks/speed.py --solve             # time until a task is solved: benchmarks/solve.csv
     python benchmarks/speed.py --gpu               # the pixel scripts on a GPU: benchmarks/gpu.csv
-    python benchmarks/speed.py --memory            # peak memory with replays written full: benchmarks/memory.csv
+    python benchmarks/speed.py --memory            # peak memory with a full replay: benchmarks/memory.csv
 """
 
 import csv
@@ -22,16 +22,17 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import harmonic_mean, median
 from tempfile import TemporaryDirectory
 
 import gymnasium as gym
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 HERE = ROOT / "benchmarks"
 
-# task: script, steps to measure, its flags, Stable-Baselines3's class and the same hyperparameters
+# task: script, steps to measure, flags of the script, Stable-Baselines3's class and the same hyperparameters
 TASKS = {
     "ppo LunarLander-v3, 16 envs": (
         "ppo",
@@ -56,9 +57,9 @@ TASKS = {
         "--no-normalize-observations --no-normalize-rewards --no-normalize-advantages --optimizer rmsprop "
         "--action-std 1 --log-interval 100",
         "A2C",
-        {},  # its defaults; they log every 100 updates too
+        {},  # the defaults; they log every 100 updates, too
     ),
-    "reinforce CartPole-v1, 8 envs": ("reinforce", 200_000, "", None, None),  # which is not in Stable-Baselines3
+    "reinforce CartPole-v1, 8 envs": ("reinforce", 200_000, "", None, None),  # not in Stable-Baselines3
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
         40_960,
@@ -70,7 +71,7 @@ TASKS = {
     "dqn_atari Breakout, Stable-Baselines3 with 1 env": (
         "dqn_atari",
         16_000,
-        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
+        "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 1, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 4}
         | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "optimize_memory_usage": False},
@@ -78,15 +79,15 @@ TASKS = {
     "dqn_atari Breakout, Stable-Baselines3 with 16 envs": (
         "dqn_atari",
         16_000,
-        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
+        "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 16, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 1}
         | {"target_update_interval": 1000, "exploration_final_eps": 0.01, "gradient_steps": 4},
     ),
-    "ddqn_atari Breakout": (  # not in Stable-Baselines3 either
+    "ddqn_atari Breakout": (  # not in Stable-Baselines3
         "ddqn_atari",
         16_000,
-        "--learning-starts 500 --buffer-size 20000 --max-eval-steps 100",
+        "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         None,
         None,
     ),
@@ -94,16 +95,15 @@ TASKS = {
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }
 
-
-# script: steps of an iteration, however many environments share them
+# script: steps of a rollout, the same for every number of environments
 SCALING = {"ppo": 16_384, "ppo_atari": 1024}
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64, 128)
 
-# script: flags of its runs on a GPU, which are long enough to see it at full speed
+# script: flags of its runs on a GPU, long enough to reach full speed
 GPU = {
-    "ppo_atari": "--num-envs 128 --num-steps 128 --num-minibatches 16 --total-timesteps 655360",
-    "dqn_atari": "--num-envs 64 --buffer-size 200000 --learning-starts 20000 --total-timesteps 300000",
-    "ddqn_atari": "--num-envs 64 --buffer-size 200000 --learning-starts 20000 --total-timesteps 300000",
+    "ppo_atari": "--num-envs 128 --num-steps 128 --num-minibatches 16 --total-timesteps 655_360",
+    "dqn_atari": "--num-envs 64 --buffer-size 200_000 --learning-starts 20_000 --total-timesteps 300_000",
+    "ddqn_atari": "--num-envs 64 --buffer-size 200_000 --learning-starts 20_000 --total-timesteps 300_000",
 }
 
 # task: our flags, the return that solves it, Stable-Baselines3's steps between evaluations and in all, RL Zoo's recipe
@@ -116,7 +116,7 @@ SOLVE = {
         {"n_envs": 16} | TASKS["ppo LunarLander-v3, 16 envs"][4],
     ),
     "CartPole-v1": (
-        "--env-id CartPole-v1 --total-timesteps 1e5 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
+        "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
         "--gamma 0.98 --ent-coef 0",
         500,
         5_120,
@@ -128,7 +128,7 @@ SOLVE = {
 
 
 def measure_ours(task: str, more_flags: str = "") -> int:
-    """Train through the script's own `train`, with two evaluation episodes in all; returns the steps."""
+    """Train with the script's own `train` and only two evaluation episodes; returns the steps."""
     script, steps, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
     flags += f" --device cpu --total-timesteps {steps} --num-checkpoints 1 --eval-episodes 1 {more_flags}"
@@ -137,7 +137,7 @@ def measure_ours(task: str, more_flags: str = "") -> int:
 
 
 def measure_float32(task: str) -> int:
-    """As `measure_ours`, but in the precision of Stable-Baselines3; from pixels the default may be bfloat16."""
+    """`measure_ours` in the precision of Stable-Baselines3; on some processors the default is bfloat16."""
     return measure_ours(task, "--no-bfloat16")
 
 
@@ -160,55 +160,59 @@ def measure_sb3(task: str) -> int:
 
 
 def measure_ceiling(task: str) -> int:
-    """The training environments with random actions; returns the steps."""
+    """Step the training environments with random actions; returns the steps."""
     script, steps, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
     args = module.parse_args(flags.split())
-    if script == "q_learning":  # one environment, not even in a vector
-        env = gym.make(args.env_id)
-        env.reset(seed=1)
-        actions = [env.action_space.sample() for _ in range(100)]
-        for i in range(steps):
-            _, _, terminated, truncated, _ = env.step(actions[i % 100])
-            if terminated or truncated:
-                env.reset()
+    if script != "q_learning":
+        random_steps(module.make_envs(args, args.num_envs), steps // args.num_envs)
         return steps
-    envs = module.make_envs(args, args.num_envs)
-    envs.reset(seed=1)
-    actions = [envs.action_space.sample() for _ in range(100)]
-    for i in range(steps // args.num_envs):
-        envs.step(actions[i % 100])
+    env = gym.make(args.env_id)  # one environment, not a vector
+    env.reset(seed=1)
+    actions = [env.action_space.sample() for _ in range(100)]
+    for i in range(steps):
+        _, _, terminated, truncated, _ = env.step(actions[i % 100])
+        if terminated or truncated:
+            env.reset()
     return steps
 
 
+def random_steps(envs, num_steps: int) -> float:
+    """Step all environments `num_steps` times with random actions; returns the steps per second of all together."""
+    envs.reset(seed=1)
+    actions = [envs.action_space.sample() for _ in range(100)]
+    start = time.perf_counter()
+    for i in range(num_steps):
+        envs.step(actions[i % 100])
+    return num_steps * envs.num_envs / (time.perf_counter() - start)
+
+
+def logged_speeds(folder: Path) -> list[float]:
+    """The steps per second that a run logged, one number for each interval of the same length."""
+    return [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("time/sps")]
+
+
 def scaling_child(script: str, contender: str, num_envs: int):
-    """Steps per second once all is loaded, of two iterations or of as many random steps, as JSON."""
+    """Print the steps per second of two rollouts, or of as many random steps, as JSON."""
     import torch
 
-    module, batch_size = importlib.import_module(script), SCALING[script]
+    module = importlib.import_module(script)
+    batch_size = SCALING[script]
     flags = f"--num-envs {num_envs} --num-steps {batch_size // num_envs} --total-timesteps {3 * batch_size}"
     flags += " --device cpu --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100"
     args = module.parse_args(flags.split())
     if contender == "ours":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        rates = [event.value for event in EventAccumulator(str(module.train(args))).Reload().Scalars("time/sps")]
-        result = 2 / (1 / rates[1] + 1 / rates[2])  # the first one warms up
+        result = harmonic_mean(logged_speeds(module.train(args))[1:])  # the first rollout warms up
     else:
         torch.set_num_threads(args.num_threads)
-        envs = module.make_envs(args, num_envs)
-        envs.reset(seed=1)
-        actions = [envs.action_space.sample() for _ in range(100)]
-        start, vector_steps = time.perf_counter(), 2 * batch_size // num_envs
-        for i in range(vector_steps):
-            envs.step(actions[i % 100])
-        result = vector_steps * num_envs / (time.perf_counter() - start)
+        result = random_steps(module.make_envs(args, num_envs), 2 * batch_size // num_envs)
     print("RESULT", json.dumps({"steps_per_second": round(result)}))
 
 
 def scaling(rounds: int, only: str):
-    """Steps per second over the number of environments, interleaved; writes benchmarks/scaling.csv after each."""
-    rows, scripts = [], [script for script in SCALING if only in script]
+    """Measure the steps per second over the number of environments; writes benchmarks/scaling.csv after each."""
+    rows = []
+    scripts = [script for script in SCALING if only in script]
     for round_number in range(1, rounds + 1):
         for script in scripts:
             for num_envs in NUM_ENVS:
@@ -221,36 +225,27 @@ def scaling(rounds: int, only: str):
 
 
 def gpu_child(script: str, contender: str, device: str, flags: str):
-    """Steps per second of the second half of a run, when all is loaded and compiled, as JSON."""
+    """Print the steps per second of the second half of a run, when all is loaded and compiled, as JSON."""
     import torch
     from torch._dynamo.utils import counters
 
     module = importlib.import_module(script)
-    args = module.parse_args(f"{GPU[script]} --device {device} {flags}".split())
+    flags = f"{GPU[script]} --device {device} {flags}"
     if contender == "ceiling":
-        envs, vector_steps = module.make_envs(args, args.num_envs), args.total_timesteps // args.num_envs // 10
-        envs.reset(seed=1)
-        actions = [envs.action_space.sample() for _ in range(100)]
-        start = time.perf_counter()
-        for i in range(vector_steps):
-            envs.step(actions[i % 100])
-        result = vector_steps * args.num_envs / (time.perf_counter() - start)
+        args = module.parse_args(flags.split())
+        result = random_steps(module.make_envs(args, args.num_envs), args.total_timesteps // args.num_envs // 10)
     else:
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
         flags += f" --num-checkpoints 1 --eval-episodes 1 --max-eval-steps 100 --{contender}"
-        args = module.parse_args(f"{GPU[script]} --device {device} {flags}".split())
-        rates = [event.value for event in EventAccumulator(str(module.train(args))).Reload().Scalars("time/sps")]
-        late = rates[len(rates) // 2 :]
-        result = len(late) / sum(1 / rate for rate in late)
-    on = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
-    # Inputs that are copied into CUDA graphs: a few if each is captured once, many if again and again, none if none is.
+        speeds = logged_speeds(module.train(module.parse_args(flags.split())))
+        result = harmonic_mean(speeds[len(speeds) // 2 :])
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    # Inputs copied into CUDA graphs: none without graphs, a few if each graph is captured once, else many.
     copied = counters["inductor"]["cudagraph_recorded_non_static_inputs"]
-    print("RESULT", json.dumps({"steps_per_second": round(result), "cuda_graph_inputs": copied, "device": on}))
+    print("RESULT", json.dumps({"steps_per_second": round(result), "cuda_graph_inputs": copied, "device": name}))
 
 
 def gpu(rounds: int, only: str, device: str, flags: str):
-    """The pixel scripts on a GPU with --compile and without, and the environments; writes benchmarks/gpu.csv."""
+    """Measure the pixel scripts on a GPU, with and without --compile; writes benchmarks/gpu.csv after each."""
     rows = []
     tasks = {script: f"--device {device} {GPU[script]} {flags}".strip() for script in GPU if only in script}
     for round_number in range(1, rounds + 1):
@@ -264,7 +259,7 @@ def gpu(rounds: int, only: str, device: str, flags: str):
 
 
 def memory_child(buffer_size: int):
-    """Fill a replay of dqn_atari.py, learn for a few more steps, and print the process's peak memory as JSON."""
+    """Fill a replay of dqn_atari.py, learn for a few more steps, and print the peak memory as JSON."""
     import dqn_atari
 
     flags = f"--buffer-size {buffer_size} --learning-starts {buffer_size - 1000} --total-timesteps {buffer_size + 2000}"
@@ -274,7 +269,7 @@ def memory_child(buffer_size: int):
 
 
 def memory():
-    """Peak memory over the size of the replay; writes benchmarks/memory.csv after each."""
+    """Measure the peak memory over the size of the replay; writes benchmarks/memory.csv after each."""
     rows = []
     for buffer_size in (10_000, 100_000, 300_000, 1_000_000):
         result = run_child("--child", "--memory", "--buffer-size", buffer_size)
@@ -284,7 +279,7 @@ def memory():
 
 
 def peak_memory() -> int | None:
-    """The most memory in MiB that this process has held, where the system tells."""
+    """The largest memory of this process so far in MiB, if the system tells."""
     if sys.platform == "win32":
         return None
     import resource
@@ -293,11 +288,11 @@ def peak_memory() -> int | None:
 
 
 def child(task: str, contender: str, threads: int):
-    """Measure one contender and print the result as JSON. Imports are not timed, all else is."""
+    """Measure one contender and print the result as JSON. Everything but the imports is timed."""
     import torch
 
     torch.set_num_threads(threads)
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports for a second
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports modules for a second
     measures = {"ours": measure_ours, "ours, float32": measure_float32, "sb3": measure_sb3, "ceiling": measure_ceiling}
     importlib.import_module("stable_baselines3" if contender == "sb3" else TASKS[task][0])
     start = time.perf_counter()
@@ -307,7 +302,7 @@ def child(task: str, contender: str, threads: int):
 
 
 def run_child(*words) -> dict:
-    """Run this file as a child in an empty folder and return what it measured."""
+    """Run this file as a child in an empty folder; returns what it measured."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     with TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
@@ -320,11 +315,13 @@ def run_child(*words) -> dict:
 
 
 def speed(rounds: int, only: str):
-    """Tasks and contenders, interleaved; writes benchmarks/speed.csv after each and prints medians and ratios."""
-    rows, tasks = [], [task for task in TASKS if only in task]
+    """Measure all tasks and contenders in turns; writes benchmarks/speed.csv after each, prints medians and ratios."""
+    rows = []
+    tasks = [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
         for task in tasks:
-            pixels, cores = "_atari" in task, os.cpu_count()
+            pixels = "_atari" in task
+            cores = os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
             ours = [("ours", cores), ("ours, float32", cores)] if pixels else [("ours", 1)]
             for contender, threads in (*ours, *rivals, ("ceiling", 1)):
@@ -338,9 +335,8 @@ def speed(rounds: int, only: str):
             if row["task"] == task:
                 key = (row["contender"], row["threads"]) if row["contender"] == "sb3" else row["contender"]
                 rates.setdefault(key, []).append(row["steps_per_second"])
-        ours, ceiling = rates["ours"], rates["ceiling"]
-        shares = [a / b for a, b in zip(ours, ceiling)]
-        print(f"{task}: {summary(ours)} steps/s, ceiling {summary(ceiling)}")
+        shares = [a / b for a, b in zip(rates["ours"], rates["ceiling"])]
+        print(f"{task}: {summary(rates['ours'])} steps/s, ceiling {summary(rates['ceiling'])}")
         print(f"    {median(shares):.0%} [{min(shares):.0%} to {max(shares):.0%}] of the ceiling in the same round")
         if not TASKS[task][3]:
             continue
@@ -358,7 +354,7 @@ def summary(rates: list) -> str:
 
 
 def solve_ours(env_id: str, seed: int, solved) -> None:
-    """The README's command: its evaluations of 10 episodes at each checkpoint go to `solved`."""
+    """Train with ppo.py; `solved` gets the mean return of each evaluation."""
     import ppo
 
     evaluate = ppo.evaluate
@@ -373,7 +369,7 @@ def solve_ours(env_id: str, seed: int, solved) -> None:
 
 
 def solve_sb3(env_id: str, seed: int, solved) -> None:
-    """Stable-Baselines3 with RL Zoo's recipe, evaluated at the same pace in the same way."""
+    """Train with Stable-Baselines3 and RL Zoo's recipe, evaluated as often and over as many episodes."""
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_vec_env
@@ -395,12 +391,13 @@ def solve_sb3(env_id: str, seed: int, solved) -> None:
 
 
 def solve_child(env_id: str, contender: str, seed: int):
-    """Train until two evaluations in a row reach the bound on average and print the time that took as JSON."""
+    """Train until the mean of two evaluations in a row solves the task; prints the seconds as JSON, or null."""
     import torch
 
     torch.set_num_threads(1)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])
-    means, start = [], time.perf_counter()
+    means = []
+    start = time.perf_counter()
 
     def solved(mean):
         means.append(float(mean))
@@ -417,8 +414,9 @@ def solve_child(env_id: str, contender: str, seed: int):
 
 
 def solve(seeds: int, only: str):
-    """Time until a task is solved, side by side; writes benchmarks/solve.csv after each run."""
-    rows, tasks = [], [env_id for env_id in SOLVE if only in env_id]
+    """Measure the time until a task is solved; writes benchmarks/solve.csv after each run."""
+    rows = []
+    tasks = [env_id for env_id in SOLVE if only in env_id]
     for seed in range(1, seeds + 1):
         for env_id in tasks:
             for contender in ("ours", "sb3"):
@@ -430,7 +428,7 @@ def solve(seeds: int, only: str):
 
 
 def write(path: Path, rows: list, keep=lambda row: False):
-    """`rows` as CSV, each with the machine it was measured on, after those rows of the file to `keep`."""
+    """Write `rows` and this machine as CSV, after the old rows of the file for which `keep` is true."""
     machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version()}
     kept = [row for row in csv.DictReader(path.open()) if keep(row)] if path.exists() else []
     unfinished = path.with_suffix(".tmp")
@@ -442,7 +440,7 @@ def write(path: Path, rows: list, keep=lambda row: False):
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """The name of the processor, if the system tells."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -451,8 +449,8 @@ def cpu_name() -> str:
 
 @dataclass
 class Options:
-    rounds: int = 7  # how often each contender is measured
-    only: str = ""  # measure the tasks whose names contain this; the CSV keeps the others
+    rounds: int = 7  # how many times to measure each contender
+    only: str = ""  # measure only the tasks whose names contain this; the CSV keeps the others
     scaling: bool = False  # measure over the number of environments instead
     solve: bool = False  # measure the time to solve a task instead
     seeds: int = 3  # seeds of --solve
@@ -466,8 +464,8 @@ class Options:
     threads: int = 1  # (internal) CPU threads of torch
     env_id: str = "CartPole-v1"  # (internal) task of one run of --solve
     seed: int = 1  # (internal) its seed
-    script: str = "ppo"  # (internal) of one run of --scaling
-    num_envs: int = 1  # (internal) its environments
+    script: str = "ppo"  # (internal) script of one run of --scaling
+    num_envs: int = 1  # (internal) its number of environments
     buffer_size: int = 10_000  # (internal) size of one replay of --memory
 
 

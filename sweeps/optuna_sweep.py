@@ -1,17 +1,18 @@
-"""Tune a script with Optuna, from the sweep file that wandb takes, without an account.
+"""Search for better flags of a script with Optuna. It reads wandb's sweep files and needs no account.
 
     pip install "optuna>=5,<6"
     python sweeps/optuna_sweep.py sweeps/ppo.yaml
-    python sweeps/optuna_sweep.py sweeps/ppo.yaml --trials 30 --env-id CartPole-v1 --total-timesteps 1e5
+    python sweeps/optuna_sweep.py sweeps/ppo.yaml --trials 30 --env-id CartPole-v1 --total-timesteps 100_000
 
-The sweep file comes first; flags that are not this program's (--help) go to the script. A trial is a run of the script
-in a folder of its own under runs/. The first takes the script's defaults, or what you give for them: that is what the
-others have to beat. What they take is chosen by Optuna's TPE, whatever `method` the file names. After five of them, a
-trial whose best evaluation so far is below the median of the others at that point of the run is stopped.
+The sweep file comes first. Flags that this program does not have go to the script. A trial is one run of the script, in
+a folder of its own under runs/. The first trial takes the script's defaults and the flags that you give; its score is
+the one to beat. Optuna's TPE sampler chooses the values of the other trials, whatever `method` the file names. Once
+five trials are complete, a trial is stopped if its best evaluation is below the median of the others at that step.
 
-The study is in a database: the same command in a second terminal works on it too, and started again goes on with it.
-Other machines need a database server (`--storage postgresql://...`), as SQLite's file must not be shared by them.
-One seed says little, and the best of many trials was lucky too: run what is found with a few seeds of its own.
+The study is stored in a database. The same command continues it, and in a second terminal it runs trials at the same
+time. Several machines need a database server (`--storage postgresql://...`), because they cannot share an SQLite file.
+
+One seed says little, and the best of many trials was also lucky: run the best flags again with other seeds.
 """
 
 import importlib
@@ -36,36 +37,40 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 @dataclass
 class Options:
-    """The flags of the search; all others go to the script."""
+    """Flags of the search; all others go to the script."""
 
-    sweep: tyro.conf.Positional[str]  # sweep file, as of wandb
-    trials: int = 50  # trials to run now
+    sweep: tyro.conf.Positional[str]  # sweep file in wandb's format
+    trials: int = 50  # number of trials to run now
     prune: bool = True  # stop trials that fall behind
     study: str | None = None  # name of the study in the database; by default script, environment and steps
     storage: str = "sqlite:///optuna.db"  # address of the database
-    sampler_seed: int | None = None  # seed of the search, for a study of one process
+    sampler_seed: int | None = None  # seed of the search, to repeat a study of one process
 
 
-def refuse(message: str):
-    """End the program for bad input: one line on stderr, exit code 2."""
-    print(f"optuna_sweep.py: error: {message}", file=sys.stderr)
+def fail(message):
+    """End the program because of bad input: one line on stderr, exit code 2."""
+    print(f"optuna_sweep.py: error: {str(message).splitlines()[0]}", file=sys.stderr)
     sys.exit(2)
 
 
-def read(path: str) -> tuple:
-    """The script as a module, the metric, its goal, the fixed flags and the distributions of the others."""
+def read_sweep(path: str) -> tuple:
+    """The script as a module, the metric, its goal, the fixed flags, and the distributions of the searched flags."""
+    fixed = {}
+    searched = {}
     try:
         sweep = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        script, metric, goal = Path(sweep["program"]).stem, sweep["metric"]["name"], sweep["metric"]["goal"]
+        script = Path(sweep["program"]).stem
+        metric = sweep["metric"]["name"]
+        goal = sweep["metric"]["goal"]
         if goal not in ("maximize", "minimize"):
-            refuse(f"{path}: goal {goal}: neither maximize nor minimize")
+            fail(f"{path}: goal {goal}: neither maximize nor minimize")
         if not Path(f"{script}.py").is_file():
-            refuse(f"{path}: there is no {script}.py in this folder")
-        module, fixed, searched = importlib.import_module(script), {}, {}
+            fail(f"{path}: there is no {script}.py in this folder")
+        module = importlib.import_module(script)
         for name, entry in sweep["parameters"].items():
             kind = entry.get("distribution", "int_uniform" if type(entry.get("min")) is int else "uniform")
             if not hasattr(module.Args, name):
-                refuse(f"{path}: {name} is no flag of {script}.py")
+                fail(f"{path}: {name} is no flag of {script}.py")
             elif "value" in entry:
                 fixed[name] = entry["value"]
             elif "values" in entry:
@@ -73,129 +78,149 @@ def read(path: str) -> tuple:
             elif kind == "int_uniform":
                 searched[name] = IntDistribution(entry["min"], entry["max"])
             elif kind in ("uniform", "log_uniform_values"):
-                searched[name] = FloatDistribution(entry["min"], entry["max"], log=kind != "uniform")
+                searched[name] = FloatDistribution(entry["min"], entry["max"], log=kind == "log_uniform_values")
             else:
-                refuse(f"{path}: {name}: distribution {kind} is none of uniform, int_uniform, log_uniform_values")
-        return module, metric, goal, fixed, searched
+                fail(f"{path}: {name}: distribution {kind} is none of uniform, int_uniform, log_uniform_values")
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError) as error:
-        refuse(f"{path}: no sweep file: {error!r}")
+        fail(f"{path}: not a sweep file: {error!r}")
+    return module, metric, goal, fixed, searched
 
 
-def start_of(args, searched: dict, given: set, path: str) -> dict:
-    """The values that the first trial takes, as far as the sweep file allows them; those `given` have to be allowed."""
-    start = {}
+def first_values(args, searched: dict, given: set, path: str) -> dict:
+    """The values of the first trial: those of `args`. Optuna chooses where the sweep file does not have such a value,
+    unless the flag was given: that ends the program."""
+    values = {}
     for name, distribution in searched.items():
-        value, choices = getattr(args, name), getattr(distribution, "choices", None)
-        if value in choices if choices else value is not None and distribution.low <= value <= distribution.high:
-            start[name] = value
+        value = getattr(args, name)
+        if isinstance(distribution, CategoricalDistribution):
+            allowed = value in distribution.choices
+        else:
+            allowed = value is not None and distribution.low <= value <= distribution.high
+        if allowed:
+            values[name] = value
         elif name in given:
-            refuse(f"--{name.replace('_', '-')} {value}: not among the values of {path}")
-    return start
+            fail(f"--{name.replace('_', '-')} {value}: not among the values of {path}")
+    return values
 
 
 def open_study(options: Options, name: str, goal: str, search: list) -> optuna.Study:
-    """The study of this name in the database, made if it is not there. `search` is what is searched, and has to be
-    the same for all that work on it."""
+    """The study called `name`, new or from the database. `search` says what is searched; it must not have changed."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=options.sampler_seed, constant_liar=True)  # there may be other processes
-    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1)
-    settings = {"direction": goal, "sampler": sampler, "pruner": pruner, "load_if_exists": True}
+    settings = {
+        "sampler": optuna.samplers.TPESampler(seed=options.sampler_seed, constant_liar=True),  # for parallel trials
+        "pruner": optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=1),
+    }
     try:
-        study = optuna.create_study(study_name=name, storage=options.storage, **settings)
-    except Exception as error:  # every database raises its own
-        refuse(f"--storage {options.storage}: {str(error).partition(chr(10))[0]}")
+        study = optuna.create_study(
+            study_name=name, storage=options.storage, direction=goal, load_if_exists=True, **settings
+        )
+    except Exception as error:  # each database raises its own
+        fail(f"--storage {options.storage}: {error}")
     if study.user_attrs.get("search", search) != search:
-        refuse(f"--study {name}: is one of other flags or of another sweep file; take another name")
+        fail(f"--study {name}: it has other flags or another sweep file; choose another name")
     study.set_user_attr("search", search)
     return study
 
 
 def run_trial(trial, command: list[str], folder: Path, metric: str, args, prune: bool) -> float:
-    """Run the script in `folder`, report the metric as it is logged, and return its last value.
+    """Run the script in `folder`, report each value of the metric to Optuna, and return the last one.
 
-    Raises optuna.TrialPruned where it is not worth going on, and RuntimeError where the script fails.
+    Raises optuna.TrialPruned if the trial falls behind, and RuntimeError if the script fails.
     """
-    seen, progress, events = [], -1, None
+    events = None
+    seen = []
+    checkpoint = -1
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
-        ended = False
-        while not ended:
+        running = True
+        while running:
             time.sleep(0.5)
-            ended = process.poll() is not None  # looked up first: what is read then is all there is
+            running = process.poll() is None  # asked before reading, so that the last pass reads everything
             if events is None and (found := list(folder.glob("runs/*/events.*"))):
                 events = EventAccumulator(str(found[0].parent))
-            if events and metric in events.Reload().Tags()["scalars"]:
-                new = events.Scalars(metric)[len(seen) :]
-                for event in new:  # counted in checkpoints, which come at slightly different steps in other trials
-                    before, progress = progress, round(args.num_checkpoints * event.step / args.total_timesteps)
-                    if progress > before:
-                        trial.report(event.value, progress)
-                seen += new
-                if prune and new and progress < args.num_checkpoints and trial.should_prune():
-                    raise optuna.TrialPruned(f"at {seen[-1].value:.2f} after {seen[-1].step} steps")
+            if events is None or metric not in events.Reload().Tags()["scalars"]:
+                continue
+            new = events.Scalars(metric)[len(seen) :]
+            seen += new
+            for event in new:  # at a checkpoint, whose number is the same in all trials; its step may differ a little
+                last, checkpoint = checkpoint, args.num_checkpoints * event.step // args.total_timesteps
+                if checkpoint > last:
+                    trial.report(event.value, checkpoint)
+            if prune and new and checkpoint < args.num_checkpoints and trial.should_prune():
+                raise optuna.TrialPruned(f"at {seen[-1].value:.2f} after {seen[-1].step} steps")
     finally:
-        process.terminate()
+        process.terminate()  # SIGTERM; nothing happens if the script has ended
         process.wait()
     if process.returncode:
-        lines = (folder / "log").read_text(errors="replace").strip().splitlines()
-        raise RuntimeError(f"exit code {process.returncode}, {lines[-1] if lines else 'no output'} ({folder})")
+        lines = (folder / "log").read_text(errors="replace").strip().splitlines() or ["no output"]
+        raise RuntimeError(f"exit code {process.returncode}, {lines[-1]} ({folder})")
     if not seen:
-        raise RuntimeError(f"{metric} is never logged ({folder})")
+        raise RuntimeError(f"{metric} was never logged ({folder})")
     return seen[-1].value
 
 
+def print_best(study: optuna.Study, module, words: list[str]):
+    """Print the best trial, and the command that runs the script with its flags."""
+    best = asdict(module.parse_args(words))
+    defaults = asdict(module.Args())
+    changed = [f"--{name.replace('_', '-')}={best[name]}" for name in best if best[name] != defaults[name]]
+    print(f"best: {study.best_value:.2f}, trial {study.best_trial.number} of {len(study.trials)}")
+    print(f"python {module.__name__}.py {shlex.join(changed)}")
+
+
 def main(options: Options, flags: list[str]):
-    """Run the trials and print the best flags; `flags` are the script's."""
-    module, metric, goal, fixed, searched = read(options.sweep)
+    """Run the trials and print the best one; `flags` are the script's."""
+    module, metric, goal, fixed, searched = read_sweep(options.sweep)
     given = {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in flags if word[:2] == "--"}
-    fixed = {name: value for name, value in fixed.items() if name not in given | {"track"}}
-    new_seeds = searched.pop("seed", None) and "seed" not in given
-    words = [f"--{name}={value}" for name, value in fixed.items()] + flags
-    args = module.parse_args(words)  # refuses what is wrong with them
-    start = start_of(args, searched, given, options.sweep)
+    words = [f"--{name}={value}" for name, value in fixed.items() if name not in given | {"track"}] + flags
+    new_seeds = searched.pop("seed", None) is not None and "seed" not in given
+    args = module.parse_args(words)  # ends the program if they are wrong
+    first = first_values(args, searched, given, options.sweep)
     if options.trials < 1:
-        refuse(f"--trials {options.trials}: must be > 0")
+        fail(f"--trials {options.trials}: must be 1 or more")
     if args.resume:
-        refuse("--resume: a trial is a run from the start")
+        fail("--resume: a trial is a new run")
     module.open_envs(args, 1).close()
 
     name = options.study or re.sub("[/:]", "-", f"{module.__name__}-{args.env_id}-{args.total_timesteps}")
     study = open_study(options, name, goal, [words, metric, goal, *map(repr, searched.items())])
-    started = [TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE]
-    if not any(trial.user_attrs.get("first") for trial in study.get_trials(states=started)):
-        study.enqueue_trial(start, user_attrs={"first": True})
+    alive = [TrialState.WAITING, TrialState.RUNNING, TrialState.COMPLETE]
+    if not any(trial.user_attrs.get("first") for trial in study.get_trials(states=alive)):
+        study.enqueue_trial(first, user_attrs={"first": True})
     folder = Path("runs", name)
     folder.mkdir(parents=True, exist_ok=True)
 
-    def flags_of(trial) -> list[str]:
-        """The script's flags with the values of a trial, which win as they come last."""
+    def words_of(trial) -> list[str]:
+        """The script's flags in a trial. The trial's values come last, so they win."""
         seed = {"seed": trial.number + 1} if new_seeds else {}
         return words + [f"--{name}={value}" for name, value in (trial.params | seed).items()]
 
     try:
         for _ in range(options.trials):
-            trial, value, state = study.ask(searched), None, TrialState.FAIL
+            trial = study.ask(searched)
+            trial_folder = Path(tempfile.mkdtemp(prefix=f"trial-{trial.number}-", dir=folder))
+            command = [sys.executable, module.__file__, *words_of(trial)]
+            value = None
+            state = TrialState.FAIL
             try:
-                place = Path(tempfile.mkdtemp(prefix=f"trial-{trial.number}-", dir=folder))
-                command = [sys.executable, module.__file__, *flags_of(trial)]
-                value = run_trial(trial, command, place, metric, args, options.prune)
-                state, outcome = TrialState.COMPLETE, f"{value:.2f}"
+                value = run_trial(trial, command, trial_folder, metric, args, options.prune)
+                state = TrialState.COMPLETE
+                outcome = f"{value:.2f}"
             except optuna.TrialPruned as pruned:
-                state, outcome = TrialState.PRUNED, f"stopped {pruned}"
+                state = TrialState.PRUNED
+                outcome = f"stopped {pruned}"
             except RuntimeError as error:
                 outcome = f"failed, {error}"
-            finally:
+            finally:  # Ctrl-C and SIGTERM come here, too
                 study.tell(trial, value, state)
             print(f"trial {trial.number}: {outcome}:", *(f"{k}={v}" for k, v in trial.params.items()), flush=True)
-    finally:  # also when it is interrupted
-        if study.get_trials(states=[TrialState.COMPLETE]):
-            best, defaults = asdict(module.parse_args(flags_of(study.best_trial))), asdict(module.Args())
-            changed = [f"--{name.replace('_', '-')}={best[name]}" for name in best if best[name] != defaults[name]]
-            print(f"best: {study.best_value:.2f}, trial {study.best_trial.number} of {len(study.trials)}")
-            print(f"python {module.__name__}.py {shlex.join(changed)}")
-    if not study.get_trials(states=[TrialState.COMPLETE]):
-        sys.exit("optuna_sweep.py: error: no trial came to its end")
+    finally:
+        complete = study.get_trials(states=[TrialState.COMPLETE])
+        if complete:
+            print_best(study, module, words_of(study.best_trial))
+    if not complete:
+        sys.exit("optuna_sweep.py: error: no trial was completed")
 
 
 if __name__ == "__main__":

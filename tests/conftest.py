@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
+import contextlib
+import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parent.parent
+from runs import ROOT, load, run
 
 
 @pytest.fixture(autouse=True)
@@ -32,12 +34,12 @@ def start():
     # A shell's background job ignores Ctrl-C, and so would all that it starts, this test run among them.
     hear_ctrl_c = None if os.name == "nt" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def start_script(script, *flags):
+    def start_script(script, *flags, **options):
         paths = [str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=hear_ctrl_c,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, preexec_fn=hear_ctrl_c, **options,
         )  # fmt: skip
         processes.append(process)
         return process
@@ -46,3 +48,49 @@ def start():
     for process in processes:
         process.kill()
         process.communicate()
+
+
+class Trained:
+    """A finished run with the short flags of its script, which tests may read but not change."""
+
+    def __init__(self, name: str, parent: Path):
+        self.checkpoints = []  # every checkpoint that was written, in order
+        self.stopped = parent / "stopped"  # the run folder as it was just before the last checkpoint
+        stdout, stderr, save, before = io.StringIO(), io.StringIO(), torch.save, os.getcwd()
+
+        def save_and_keep(state, path):
+            if len(self.checkpoints) == 2:
+                shutil.copytree(Path(path).parent, self.stopped)
+            save(state, path)
+            self.checkpoints.append(torch.load(path, weights_only=True))
+
+        os.chdir(parent)
+        torch.save = save_and_keep
+        try:
+            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                self.folder = parent / run(name)
+        finally:
+            torch.save = save
+            os.chdir(before)
+        self.stdout, self.stderr = stdout.getvalue(), stderr.getvalue()
+
+    def copy(self, stopped: bool = False) -> Path:
+        """A copy of the run folder, finished or stopped, for a test that changes it."""
+        return Path(shutil.copytree(self.stopped if stopped else self.folder, Path("copied", self.folder.name)))
+
+    @property
+    def checkpoint(self) -> dict:
+        return load(self.folder)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """trained("ppo") is a run of ppo.py that many tests read. Each script is trained once in each process of pytest."""
+    runs = {}
+
+    def train_once(name):
+        if name not in runs:
+            runs[name] = Trained(name, tmp_path_factory.mktemp(name))
+        return runs[name]
+
+    return train_once

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -16,28 +15,13 @@ import pytest
 import torch
 from conftest import ROOT
 from hub_server import TOKEN, serve
-from test_scripts import every_script, run
+from runs import SCRIPTS, load, run
+from runs import results as training_results
 
 import ppo
 import push_to_hub
 
-OPTIONS = "--num-eval-episodes 12 --video-episodes 2 --video-seconds 2".split()
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """trained("ppo") is the folder of a short run, made once."""
-    folders = {}
-
-    def train_once(name):
-        if name not in folders:
-            here = Path.cwd()
-            os.chdir(tmp_path_factory.mktemp(name))
-            folders[name] = run(name).resolve()
-            os.chdir(here)
-        return folders[name]
-
-    return train_once
+OPTIONS = ["--video-seconds", "1"]
 
 
 def package(checkpoint, *flags):
@@ -47,8 +31,9 @@ def package(checkpoint, *flags):
     options = tyro.cli(push_to_hub.Options, args=["--checkpoint", str(checkpoint), *OPTIONS, *flags])
     push_to_hub.main(options)
     name = options.checkpoint.removeprefix("hf://").replace("/", "-")
-    name = name if "hf://" in options.checkpoint else Path(checkpoint).resolve().name
-    return Path("hub", name if name != "checkpoint.pt" else Path(checkpoint).parent.name)
+    if "hf://" not in options.checkpoint:
+        name = Path(checkpoint).resolve().name
+    return Path(options.output, name if name != "checkpoint.pt" else Path(checkpoint).resolve().parent.name)
 
 
 def results(folder):
@@ -59,65 +44,70 @@ def results(folder):
 # --- the package ---
 
 
-@every_script
-def test_every_script_is_packaged_and_read_back(name, trained, capsys):
-    """From checkpoint.pt, the run's folder and the package: the same score to the last digit."""
-    folder = package(trained(name) / "checkpoint.pt")
-    expected = results(folder)
-    assert expected[2] == 12
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_one_number(name, trained, capsys):
+    """Training, checkpoint.pt and package have the same score, digit for digit."""
+    expected = training_results(trained(name).folder)
+    expected = expected["mean_reward"], expected["std_reward"], expected["n_eval_episodes"]
+    capsys.readouterr()  # what training printed
+    folder = package(trained(name).folder / "checkpoint.pt")
+    assert results(folder) == expected
+    out = capsys.readouterr().out
+    mean, std, episodes = expected
+    assert f"{mean:.2f} +/- {std:.2f} over {episodes} episodes, mean - std {mean - std:.2f}" in out
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     wanted = {"README.md", "model.safetensors", "config.json", "results.json", "replay.mp4", "learning_curve.png"}
     assert wanted | {f"{name}.py", "logs/episodes.csv"} <= files
     assert any(file.startswith("logs/events.out.tfevents.") for file in files)
-    out = capsys.readouterr().out
-    assert (
-        f"{expected[0]:.2f} +/- {expected[1]:.2f} over 12 episodes, mean - std {expected[0] - expected[1]:.2f}" in out
-    )
-    assert results(package(trained(name))) == expected
     shutil.move(folder, "moved")
-    assert results(package("moved")) == expected
+    assert results(package("moved", "--video-seconds", "0.1")) == expected
     assert {path.name for path in Path("hub/moved").iterdir()} == {path.name for path in Path("moved").iterdir()}
 
 
-@every_script
-def test_video_has_the_frames_of_whole_episodes(name, trained):
-    folder = package(trained(name), "--video-seconds", "0.2")
-    path = folder / "replay.mp4"
+def test_sampled_actions_give_the_same_number_too():
+    folder = run("ppo", "--no-eval-deterministic", "--eval-episodes", "5")
+    expected = training_results(folder)
+    assert results(package(folder)) == (expected["mean_reward"], expected["std_reward"], 5)
+
+
+def test_another_seed_and_other_episodes(trained):
+    own = results(package(trained("ppo").folder))
+    assert results(package(trained("ppo").folder, "--num-eval-episodes", "7"))[2] == 7
+    assert results(package(trained("ppo").folder, "--seed", "7")) != own
+
+
+@pytest.mark.parametrize("name", ["ppo", "dqn_atari"])
+def test_video_plays_in_browsers_and_is_short(name, trained):
+    path = package(trained(name).folder, "--video-seconds", "0.2") / "replay.mp4"
     frames, meta = imageio.imread(path), imageio.immeta(path)
     assert meta["codec"] == "h264"
     assert meta["pix_fmt"].startswith("yuv420p")
     assert frames.shape[1] % 2 == frames.shape[2] % 2 == 0
-    assert 2 <= len(frames) <= max(2, round(0.2 * meta["fps"]))
+    assert len(frames) == round(0.2 * meta["fps"])
     assert frames.std() > 5  # not black
     assert len(np.unique(frames.mean(axis=(1, 2, 3)))) > 1 or (frames[0] != frames[-1]).any()
 
 
 def test_video_ends_with_the_episode(trained):
-    """CartPole: one frame a step and the first; two short episodes one after the other."""
-    folder = package(trained("ppo"), "--video-seconds", "60", "--seed", "5")
-    saved = push_to_hub.read(str(trained("ppo")))
-    _, args, agent = push_to_hub.rebuild(saved, push_to_hub.Options(checkpoint=str(trained("ppo"))))
-    steps = sum(ppo.evaluate(agent, args, 1, [seed])[0] for seed in (5, 6))
-    assert len(imageio.imread(folder / "replay.mp4")) == steps + 2
+    """CartPole: the first frame, and one for each step of the first episode of the evaluation."""
+    folder = package(trained("ppo").folder, "--video-seconds", "60")
+    _, args, agent = push_to_hub.rebuild(push_to_hub.read(str(folder)), push_to_hub.Options(checkpoint=""))
+    assert len(imageio.imread(folder / "replay.mp4")) == ppo.evaluate(agent, args, 1)[0] + 1
 
 
-def test_taxi_is_scored_on_the_seeds_of_the_course():
-    seen = []
-    script = SimpleNamespace(evaluate=lambda agent, args, n, seeds: seen.extend(seeds) or np.zeros(n))
-    options = push_to_hub.Options(checkpoint="")
-    push_to_hub.score(script, SimpleNamespace(env_id="Taxi-v4"), None, options)
-    assert seen[:5] == [16, 54, 165, 177, 191]
-    assert seen[-3:] == [11, 28, 148]
-    assert (len(seen), sum(seen)) == (100, 8859)
-    seen.clear()
-    push_to_hub.score(script, SimpleNamespace(env_id="CartPole-v1"), None, options)
-    assert len(set(seen)) == 100
+def test_an_environment_that_does_not_render_is_packaged_without_video(capsys):
+    folder = run("ppo", "--env-id", "toy_envs:Constant-v0")
+    folder = package(folder, "--trust-env-package")
+    assert results(folder) == (8, 0, 2)
+    assert "no video: toy_envs:Constant-v0 has no render mode rgb_array" in capsys.readouterr().err
+    assert not (folder / "replay.mp4").exists()
+    assert "<video" not in (folder / "README.md").read_text()
 
 
 def test_model_card_is_what_the_course_reads(trained):
     from huggingface_hub import ModelCard, metadata_load
 
-    folder = package(trained("ppo"), "--tags", "CartPole-v0", "extra")
+    folder = package(trained("ppo").folder, "--tags", "CartPole-v0", "extra")
     mean, std, _ = results(folder)
     metric = metadata_load(folder / "README.md")["model-index"][0]["results"][0]["metrics"][0]
     assert (metric["type"], metric["value"]) == ("mean_reward", f"{mean:.2f} +/- {std:.2f}")
@@ -129,37 +119,103 @@ def test_model_card_is_what_the_course_reads(trained):
     command = re.search(r"^python ppo.py (.*)$", card.text, re.MULTILINE)[1]
     config = json.loads((folder / "config.json").read_text())["config"]
     assert ppo.parse_args(shlex.split(command)) == ppo.Args(**config)
+    assert {"FrozenLake-v1-4x4", "q-learning"} <= set(
+        ModelCard.load(package(trained("q_learning").folder) / "README.md").data.tags
+    )
 
 
-def test_an_environment_that_does_not_render_is_packaged_without_video(capsys):
-    folder = package(run("ppo", "--env-id", "toy_envs:Constant-v0"))
-    assert results(folder) == (8, 0, 12)
-    assert "no video, toy_envs:Constant-v0 does not render" in capsys.readouterr().err
-    assert not (folder / "replay.mp4").exists()
-    assert "<video" not in (folder / "README.md").read_text()
+# --- the Deep RL Course ---
 
 
-def test_the_policy_of_frozen_lake_is_in_the_card(trained):
-    from huggingface_hub import ModelCard
+class FakeScript:
+    """A script whose evaluation returns `value`, and keeps the seeds that it is given."""
 
-    folder = package(trained("q_learning"))
-    assert (folder / "policy.png").read_bytes() == (trained("q_learning") / "policy.png").read_bytes()
-    text = (folder / "README.md").read_text()
-    assert "![The greedy policy](policy.png)" in text
-    assert {"FrozenLake-v1-4x4", "q-learning"} <= set(ModelCard(text).data.tags)
-    shutil.move(folder, "moved")
-    assert (package("moved") / "policy.png").exists()
+    Args = ppo.Args
+
+    def __init__(self, value=0.0):
+        self.value, self.seeds = value, []
+
+    def evaluate(self, agent, args, episodes, seeds=None):
+        self.seeds.append(seeds)
+        return np.full(episodes, self.value)
 
 
-def test_a_package_never_replaces_a_run(trained, capsys):
-    with pytest.raises(SystemExit):
-        package(trained("ppo"), "--output", str(trained("ppo").parent))
-    assert "would overwrite" in capsys.readouterr().err
-    assert (trained("ppo") / "checkpoint.pt").exists()
+def scored(capsys, script, *flags):
+    """What push_to_hub.py prints about a score."""
+    options = push_to_hub.Options(checkpoint="")
+    _, course_returns = push_to_hub.score(script, ppo.parse_args(list(flags)), None, options)
+    return capsys.readouterr().out, course_returns
+
+
+def test_taxi_is_scored_on_the_seeds_of_the_course(capsys):
+    script = FakeScript(5.0)
+    out, course_returns = scored(capsys, script, "--env-id", "Taxi-v4", "--eval-episodes", "10")
+    assert script.seeds == [None, push_to_hub.TAXI_SEEDS]
+    assert len(course_returns) == len(push_to_hub.TAXI_SEEDS) == 100
+    assert (push_to_hub.TAXI_SEEDS[:3], sum(push_to_hub.TAXI_SEEDS)) == ([16, 54, 165], 8859)
+    assert "Taxi-v4 on the seeds of the Deep RL Course: 5.00 +/- 0.00 over 100 episodes" in out
+    assert "Deep RL Course: 4.5 asked for, passed" in out
+
+
+def test_the_verdict_of_the_course(capsys):
+    """None for another environment, for changed keyword arguments, or where episodes are stopped early."""
+    assert "200.0 asked for, passed" in scored(capsys, FakeScript(200.0))[0]
+    assert "200.0 asked for, not reached" in scored(capsys, FakeScript(199.9))[0]
+    assert "200.0 asked for" in scored(capsys, FakeScript(), "--max-eval-steps", "1000")[0]
+    assert "Course" not in scored(capsys, FakeScript(), "--max-eval-steps", "999")[0]
+    assert "Course" not in scored(capsys, FakeScript(), "--env-kwargs", '{"gravity": -1}')[0]
+    assert "Course" not in scored(capsys, FakeScript(), "--env-id", "Acrobot-v1")[0]
+    script = FakeScript(9.0)
+    assert "Course" not in scored(capsys, script, "--env-id", "Taxi-v4", "--env-kwargs", '{"is_rainy": true}')[0]
+    assert script.seeds == [None]
+
+
+# --- files of the user ---
+
+
+def test_a_package_never_replaces_what_is_not_a_package(trained, capsys, tmp_path):
+    """Neither a run, nor a folder of the user that has the same name; nothing is evaluated before that is known."""
+    name = trained("ppo").folder.name
+    Path(name).mkdir()
+    Path(name, "thesis.txt").write_text("mine")
+    Path("file").mkdir()
+    Path("file", name).write_text("mine")
+    for output in (trained("ppo").folder.parent, ".", "file"):
+        with pytest.raises(SystemExit) as stop:
+            package(trained("ppo").folder, "--output", str(output))
+        assert stop.value.code == 2
+        out, err = capsys.readouterr()
+        assert "is not a package" in err
+        assert "episodes" not in out
+    assert (trained("ppo").folder / "checkpoint.pt").exists()
+    assert Path(name, "thesis.txt").read_text() == Path("file", name).read_text() == "mine"
+
+
+def test_an_earlier_package_is_replaced_and_other_files_in_it_stay(trained):
+    folder = package(trained("ppo").folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "logs/old").write_text("of an earlier run")
+    (folder / "old.py").write_text("of an earlier run")
+    package(trained("ppo").folder)
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "logs/old").exists()
+    assert not (folder / "old.py").exists()
+    assert [path.name for path in Path("hub").iterdir()] == [folder.name]  # no temporary folder is left
+
+
+@pytest.mark.parametrize(
+    "text", ["", "step,return,length\n1,2", "\0\0\0", "a,b\n1,2,3,4\n,,\n", "step,return,length\n5,nan,1\n"]
+)
+def test_a_torn_or_foreign_episodes_csv_is_no_reason_to_fail(text, trained):
+    shutil.copytree(trained("q_learning").folder, "run")
+    Path("run/episodes.csv").write_text(text)
+    assert not (package("run", "--num-eval-episodes", "1") / "learning_curve.png").exists()
+    Path("run/episodes.csv").write_bytes(b"step,return,length\n1,2.5,3\n4,-1e-05,6\n\xff\xfe,1\n7,8")
+    assert (package("run", "--num-eval-episodes", "1") / "learning_curve.png").exists()
 
 
 def test_links_in_a_package_are_not_followed(trained):
-    folder = package(trained("ppo"))
+    folder = package(trained("ppo").folder)
     Path("secret").write_text("token")
     (folder / "logs/events.out.tfevents.link").symlink_to(Path("secret").resolve())
     shutil.move(folder, "moved")
@@ -168,7 +224,7 @@ def test_links_in_a_package_are_not_followed(trained):
 
 def test_local_package_needs_no_display_git_or_ffmpeg(trained):
     """With nothing but Python on the PATH, and no account."""
-    checkpoint = str(trained("ppo") / "checkpoint.pt")
+    checkpoint = str(trained("ppo").folder / "checkpoint.pt")
     env = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "HF_TOKEN")}
     env |= {"PATH": "", "HOME": str(Path.cwd()), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, str(ROOT / "push_to_hub.py"), "--checkpoint", checkpoint, *OPTIONS]
@@ -205,14 +261,14 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("lfs", [False, True])
 def test_push_update_and_fetch_back(hub, trained, lfs, capsys):
     hub.lfs = lfs
-    folder = package(trained("ppo"), "--repo-id", "me/cart", "--commit-message", "first")
+    folder = package(trained("ppo").folder, "--repo-id", "me/cart", "--commit-message", "first")
     ours = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert {key: value for key, value in hub.repos["me/cart"].items() if key != ".gitattributes"} == ours
     assert f"pushed: {hub.address}/me/cart" in capsys.readouterr().out
     assert len(hub.blobs) == (len(set(ours.values())) if lfs else 0)
     expected = results(folder)
     hub.repos["me/cart"] |= {"logs/stale": b"old", "old.py": b"old", "notes.txt": b"the user's own"}
-    package(trained("ppo"), "--repo-id", "me/cart", "--commit-message", "second")
+    package(trained("ppo").folder, "--repo-id", "me/cart", "--commit-message", "second")
     assert set(hub.repos["me/cart"]) == {*ours, ".gitattributes", "notes.txt"}
     assert hub.commits == [("me/cart", "first"), ("me/cart", "second")]
     fetched = package("hf://me/cart")
@@ -221,7 +277,7 @@ def test_push_update_and_fetch_back(hub, trained, lfs, capsys):
 
 
 def test_usage_snippet_of_the_card_works(hub, trained):
-    folder = package(trained("ppo"), "--repo-id", "me/cart")
+    folder = package(trained("ppo").folder, "--repo-id", "me/cart")
     snippet = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
     env = os.environ | {"HF_ENDPOINT": hub.address, "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, env=env)
@@ -247,12 +303,12 @@ def test_a_failed_push_keeps_the_package_and_says_how_to_retry(hub, trained, fau
     inject, message = FAULTS[fault]
     inject(hub, monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        package(trained("ppo"), "--repo-id", "me/cart", "--private", "--tags", "a", "b")
+        package(trained("ppo").folder, "--repo-id", "me/cart", "--private", "--tags", "a", "b")
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "push to me/cart" in line]
     assert message in lines[-1]
-    folder = Path("hub", trained("ppo").name)
-    retry = f"python push_to_hub.py --checkpoint {folder} --repo-id me/cart --private --tags a b --num-eval-episodes 12"
+    folder = Path("hub", trained("ppo").folder.name)
+    retry = f"python push_to_hub.py --checkpoint={folder} --repo-id=me/cart --private --tags a b --video-seconds=1"
     assert retry in lines[-1]
     assert (folder / "replay.mp4").exists()
     assert not hub.commits
@@ -269,7 +325,7 @@ def test_server_down(hub, trained, monkeypatch, capsys):
     monkeypatch.setattr(hf_api.api, "endpoint", "http://127.0.0.1:9")
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SystemExit) as stop:
-        package(trained("ppo"), "--repo-id", "me/cart")
+        package(trained("ppo").folder, "--repo-id", "me/cart")
     assert stop.value.code == 2
     assert "ConnectError" in capsys.readouterr().err
 
@@ -277,14 +333,14 @@ def test_server_down(hub, trained, monkeypatch, capsys):
 def test_a_failed_file_upload_is_a_fault_like_others(hub, trained, capsys):
     hub.lfs, hub.fail_blobs = True, True
     with pytest.raises(SystemExit) as stop:
-        package(trained("ppo"), "--repo-id", "me/cart")
+        package(trained("ppo").folder, "--repo-id", "me/cart")
     assert stop.value.code == 2
     assert "to try again: python push_to_hub.py" in capsys.readouterr().err
 
 
 def test_500_twice_then_fine(hub, trained, capsys):
     hub.faults = [500, 500]
-    package(trained("ppo"), "--repo-id", "me/cart")
+    package(trained("ppo").folder, "--repo-id", "me/cart")
     assert capsys.readouterr().err.count("trying again in") == 2
     assert hub.commits == [("me/cart", "Add a trained agent")]
 
@@ -304,9 +360,14 @@ class Evil:
         return (open, ("evil.txt", "w"))
 
 
-@pytest.mark.parametrize("kind", "truncated evil path sibling nothing text flags weights missing".split())
+KINDS = (
+    "truncated evil path sibling nothing text flags weights missing list step zero type episodes nan package".split()
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_bad_checkpoints_are_refused(kind, trained, capsys, monkeypatch):
-    good = torch.load(trained("ppo") / "checkpoint.pt", weights_only=True)
+    good = torch.load(trained("ppo").folder / "checkpoint.pt", weights_only=True)
     path = Path("run/checkpoint.pt")
     path.parent.mkdir()
     changes = {
@@ -316,29 +377,41 @@ def test_bad_checkpoints_are_refused(kind, trained, capsys, monkeypatch):
         "missing": {"script": "no_such_script.py"},
         "flags": {"config": {"new_flag": 1}},
         "weights": {"config": good["config"] | {"env_id": "Acrobot-v1"}},
+        "step": {"step": "many"},
+        "zero": {"config": good["config"] | {"max_eval_steps": 0}},
+        "type": {"config": good["config"] | {"gamma": "high"}},
+        "episodes": {"config": good["config"] | {"eval_episodes": 10**9}},
+        "nan": {"agent": {name: tensor * torch.nan for name, tensor in good["agent"].items()}},
+        "package": {"config": good["config"] | {"env_id": "evil_package:CartPole-v1"}},
     }
     capsys.readouterr()  # what training printed
     if kind == "sibling":
         Path("other.py").write_text("open('evil.txt', 'w')")
         monkeypatch.setattr(push_to_hub, "SCRIPT", Path("push_to_hub.py").resolve())
+    if kind == "package":
+        Path("evil_package.py").write_text("open('evil.txt', 'w')")
+        monkeypatch.syspath_prepend(Path.cwd())
     if kind in changes:
         torch.save(good | changes[kind], path)
+    elif kind == "list":
+        torch.save([1, 2], path)
     elif kind == "truncated":
-        path.write_bytes((trained("ppo") / "checkpoint.pt").read_bytes()[:-500])
+        path.write_bytes((trained("ppo").folder / "checkpoint.pt").read_bytes()[:-500])
     elif kind == "text":
         path.write_text("no checkpoint")
     with pytest.raises(SystemExit) as stop:
         package(path)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("push_to_hub.py: error: ")
-    assert err.count("\n") == 1
+    assert stop.value.code == 2 or (kind == "nan" and "actor.0.weight is NaN" in stop.value.code)
+    if kind not in ("nan", "type"):  # tyro says the second in a box
+        err = capsys.readouterr().err
+        assert re.match(r"(push_to_hub|ppo)\.py: error: ", err)
+        assert err.count("\n") == 1
     assert not Path("evil.txt").exists()
     assert not Path("hub").exists()
 
 
 def test_a_downloaded_agent_imports_no_package_unasked(hub, trained, capsys):
-    folder = package(trained("ppo"), "--repo-id", "me/cart")
+    folder = package(trained("ppo").folder, "--repo-id", "me/cart")
     config = json.loads((folder / "config.json").read_text())
     config["config"]["env_id"] = "evil_package:CartPole-v1"
     hub.repos["me/cart"]["config.json"] = json.dumps(config).encode()
@@ -355,14 +428,34 @@ def test_a_downloaded_agent_imports_no_package_unasked(hub, trained, capsys):
         sys.path.remove(str(Path.cwd()))
 
 
+HOSTILE = ["a\n```\n# Fake title", "a`b", "a|b | c", "<x>\r\n| `gamma` | `7` |", "a\u2028b"]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_no_flag_breaks_out_of_its_place_in_the_card(text, trained):
+    """A card is pushed under the user's name: a flag of somebody's package must not add text to it."""
+    good = load(trained("ppo").folder)
+    shutil.copytree(trained("ppo").folder, "run")
+    torch.save(good | {"config": good["config"] | {"wandb_project_name": text}}, "run/checkpoint.pt")
+    usual = package(trained("ppo").folder, "--num-eval-episodes", "1") / "README.md"
+    card = package("run", "--num-eval-episodes", "1") / "README.md"
+    usual, card = usual.read_text().splitlines(), card.read_text().splitlines()
+    assert len(card) == len(usual)
+    rows = [line for line in card if line.startswith("| `wandb_project_name`")]
+    assert len(rows) == 1
+    assert len(re.findall(r"(?<!\\)\|", rows[0])) == 3
+    assert rows[0].count("`") == 4
+    assert sum(line.startswith("```") for line in card) == sum(line.startswith("```") for line in usual)
+
+
 @pytest.mark.parametrize(
-    "flags", ["--num-eval-episodes 0", "--video-seconds nan", "--repo-id nouser", "--device cuda:99"]
+    "flags", ["--num-eval-episodes 0", "--video-seconds nan", "--repo-id nouser", "--device cuda:99", "--seed -1"]
 )
 def test_bad_flags_are_refused(flags, trained, capsys):
     trained("ppo")
     capsys.readouterr()  # what training printed
     with pytest.raises(SystemExit) as stop:
-        package(trained("ppo"), *flags.split())
+        package(trained("ppo").folder, *flags.split())
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not Path("hub").exists()

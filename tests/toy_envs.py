@@ -83,23 +83,36 @@ class Spaces(gym.Env):
 
 
 class Clock(gym.Env):
-    """The observation counts the steps of the episode, which is truncated after 3 to 6 of them."""
+    """The observation counts the steps of the episode, which is truncated after 3 to 6 of them.
+
+    `gives`: what the observation is, which is declared as float32: "float32", "float64", "list", or "reused", the same
+    array each time.
+    """
 
     observation_space = Box(0, 100, (1,), np.float32)
     action_space = Box(-1, 1, (1,), np.float32)
 
-    def __init__(self, both=False):
-        self.both = both
+    def __init__(self, both=False, gives="float32"):
+        self.both, self.gives, self.buffer = both, gives, np.zeros(1, np.float32)
+
+    def _observe(self):
+        self.buffer[0] = self.time
+        return {
+            "float32": self.buffer.copy(),
+            "float64": self.buffer.astype(np.float64),
+            "list": [float(self.time)],
+            "reused": self.buffer,
+        }[self.gives]
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.time, self.limit = 0, self.np_random.integers(3, 7)
-        return np.zeros(1, np.float32), {}
+        return self._observe(), {}
 
     def step(self, action):
         self.time += 1
         over = bool(self.time >= self.limit)
-        return np.full(1, self.time, np.float32), 1.0, over and self.both, over, {}
+        return self._observe(), 1.0, over and self.both, over, {}
 
 
 class Target(gym.Env):
@@ -134,6 +147,35 @@ class Endless(gym.Env):
         return 0, np.nan if self.steps == self.bad_reward_at else self.reward, False, False, {}
 
 
+class Buggy(gym.Env):
+    """Raises the error `kind` in one of its methods, in its own code or (`deep`) in gymnasium's, which it calls wrongly."""
+
+    observation_space = Discrete(2)
+    action_space = Discrete(2)
+
+    def __init__(self, where, kind="TypeError", deep=False):
+        self.where, self.kind, self.deep = where, kind, deep
+        self._fail_in("__init__")
+
+    def _fail_in(self, method):
+        if method == self.where:
+            if self.deep:
+                Discrete("two")
+            raise {"TypeError": TypeError, "ValueError": ValueError, "AttributeError": AttributeError}.get(
+                self.kind, KeyError
+            )("a bug of mine")
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._fail_in("reset")
+        return 0, {}
+
+    def step(self, action):
+        self._fail_in("step")
+        return 0, 0.0, False, False, {}
+
+
+gym.register("Buggy-v0", Buggy, max_episode_steps=8)
 gym.register("Identity-v0", Identity, max_episode_steps=16)
 gym.register("Constant-v0", Constant, max_episode_steps=8)
 gym.register("Target-v0", Target)
