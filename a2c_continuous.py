@@ -16,20 +16,16 @@ step. Actions must be Box.
 
 Papers
     [A3C]  Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
-    [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation,
-           arXiv:1506.02438
+    [GAE]  Schulman et al. 2016, High-Dimensional Continuous Control Using Generalized Advantage Estimation
     [Chan] Chan et al. 1979, Updating Formulae and a Pairwise Algorithm for Computing Sample Variances
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
     [Same] Huang et al. 2022, A2C is a special case of PPO, arXiv:2205.09123
 
-With Adam and normalized advantages, an update is the same as in ppo.py with one epoch and one minibatch: the ratio is 1
-and nothing is clipped [Same].
-
-Deviations from [A3C]: all environments take each step together, not asynchronously; GAE, which is the n-step return for
-λ = 1; Adam by default; two networks; observations, rewards and advantages are normalized [37]; the standard deviation
-is the same in every state; a truncated episode bootstraps from its last observation; the environments start anew at
-each checkpoint.
+With Adam and normalized advantages, an update is that of ppo.py with one epoch and one minibatch [Same].
+Deviations from [A3C]: all environments take each step together; GAE, which is the n-step return for λ = 1; Adam; two
+networks; observations, rewards and advantages are normalized [37]; the standard deviation is the same in every state;
+a truncated episode bootstraps from its last observation; the environments start anew at each checkpoint.
 """
 
 import json
@@ -53,6 +49,7 @@ import torch
 import tyro
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers import DtypeObservation
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -124,7 +121,10 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         num_envs,
         vectorization_mode="sync" if evaluation else args.vectorization_mode,
         vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP},
-        wrappers=[gym.wrappers.FlattenObservation, lambda env: gym.wrappers.DtypeObservation(env, np.float32)],
+        wrappers=[
+            gym.wrappers.FlattenObservation,  # copies what the environment returns, and casts it to the declared dtype
+            lambda env: env if env.observation_space.dtype == np.float32 else DtypeObservation(env, np.float32),
+        ],
         **({"render_mode": "rgb_array"} if render else {}),
         **json.loads(args.env_kwargs),
     )
@@ -221,8 +221,7 @@ class Agent(nn.Module):
             self.normalize.update(obs)
 
     def to_env(self, action) -> np.ndarray:
-        """`action` as the environment takes it. It is clipped here and nowhere else: the log-probability belongs to the
-        action that was sampled."""
+        """`action` as the environment takes it. Only the environment sees it clipped, the loss does not."""
         action = action.cpu().numpy().clip(self.action_space.low, self.action_space.high)
         return action.astype(self.action_space.dtype)
 
@@ -288,9 +287,9 @@ def train(args: Args) -> Path:
     T, N = args.num_steps, args.num_envs
     all_obs = torch.zeros(T + 1, *envs.observation_space.shape, device=device)  # row T: after the last step
     actions = torch.zeros(T, *envs.action_space.shape, device=device)
-    rewards = torch.zeros(T, N, device=device)
-    dones = torch.zeros(T, N, dtype=torch.bool, device=device)
-    past_returns = torch.zeros(T, N, device=device)  # discounted sums of past rewards, for --normalize-rewards
+    rewards = np.zeros((T, N), np.float32)  # numpy: for arrays this small, writing a row of a tensor is slow
+    dones = np.zeros((T, N), dtype=bool)
+    past_returns = np.zeros((T, N), np.float32)  # discounted sums of past rewards, for --normalize-rewards
 
     while run.step < args.total_timesteps:
         if run.step >= run.next_checkpoint:  # at once at the start
@@ -313,10 +312,10 @@ def train(args: Args) -> Path:
             obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions[t]))
             done = terminated | truncated
             past_return = reward + args.gamma * past_return
-            past_returns[t] = torch.as_tensor(past_return)
+            past_returns[t] = past_return
             past_return = past_return * ~done
-            rewards[t] = torch.as_tensor((reward / reward_std).clip(-10, 10) if args.normalize_rewards else reward)
-            dones[t] = torch.as_tensor(done)
+            rewards[t] = (reward / reward_std).clip(-10, 10) if args.normalize_rewards else reward
+            dones[t] = done
             run.step += N
             for n in np.flatnonzero(infos.get("_episode", False)):  # environments whose episode ended
                 run.record_episode(infos["episode"]["r"][n], infos["episode"]["l"][n])
@@ -326,13 +325,15 @@ def train(args: Args) -> Path:
             if cut_short.any():
                 final_obs = torch.as_tensor(np.stack(infos["final_obs"][cut_short]), device=device)
                 with torch.no_grad():
-                    rewards[t, torch.as_tensor(cut_short)] += args.gamma * agent.value(final_obs)
+                    rewards[t, cut_short] += args.gamma * agent.value(final_obs).cpu().numpy()
 
         # 2. estimate advantages
         all_obs[T] = torch.as_tensor(obs)
         with torch.no_grad():
             values = agent.value(all_obs)  # (T + 1, N)
-        advantages = compute_gae(rewards, values[:T], values[T], dones, args.gamma, args.gae_lambda)
+        all_rewards = torch.as_tensor(rewards, device=device)  # (T, N)
+        all_dones = torch.as_tensor(dones, device=device)
+        advantages = compute_gae(all_rewards, values[:T], values[T], all_dones, args.gamma, args.gae_lambda)
         value_targets = advantages + values[:T]  # [37, detail 5]
         if args.normalize_advantages:
             advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # [37, detail 7]
@@ -348,7 +349,7 @@ def train(args: Args) -> Path:
         metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
         agent.update_normalizer(flat_obs)  # last, because it changes the policy that acted
-        agent.return_norm.update(past_returns.view(-1, 1))
+        agent.return_norm.update(torch.as_tensor(past_returns, device=device).view(-1, 1))
 
         # 4. log the means since the last time
         history.append(metrics)

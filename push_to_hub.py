@@ -227,29 +227,31 @@ def plain(value) -> str:
     return "".join(c if c.isprintable() and c != "`" else "?" for c in str(value))
 
 
-def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns, options: Options, folder: Path) -> str:
-    """The README.md of the package in `folder`; its first metric is what the Deep RL Course reads."""
+def card_data(name: str, args, value: str, options: Options) -> str:
+    """The YAML at the top of a model card; its first metric is what the Deep RL Course reads."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    name = module.__name__
-    env_name = plain(args.env_id.rpartition(":")[2].rpartition("/")[2])
-    if env_name == "FrozenLake-v1":  # as in the course
+    env = plain(args.env_id.rpartition(":")[2].rpartition("/")[2])
+    if env == "FrozenLake-v1":  # as in the course
         kwargs = json.loads(args.env_kwargs)
         slippery = "" if kwargs.get("is_slippery", True) else "-no_slippery"
-        env_name += f"-{plain(kwargs.get('map_name', '4x4'))}{slippery}"
-    how = "the most likely" if args.eval_deterministic else "sampled"
+        env += f"-{plain(kwargs.get('map_name', '4x4'))}{slippery}"
     course_tag = {"q_learning": "q-learning", "reinforce": "reinforce"}.get(name, "deep-rl-course")
-    value = f"{course_returns.mean():.2f} +/- {course_returns.std():.2f}"
-    kind = "reinforcement-learning"
-    data = ModelCardData(
+    rl = "reinforcement-learning"
+    return ModelCardData(
         library_name="solorl",
-        pipeline_tag=kind,
-        tags=list(dict.fromkeys([kind, "deep-reinforcement-learning", env_name, name, course_tag, *options.tags])),
-        model_name=f"{name}-{env_name}",
-        eval_results=[
-            EvalResult(kind, env_name, env_name, "mean_reward", value, task_name=kind, metric_name="mean_reward")
-        ],
-    )
+        pipeline_tag=rl,
+        tags=list(dict.fromkeys([rl, "deep-reinforcement-learning", env, name, course_tag, *options.tags])),
+        model_name=f"{name}-{env}",
+        eval_results=[EvalResult(rl, env, env, "mean_reward", value, task_name=rl, metric_name="mean_reward")],
+    ).to_yaml()
+
+
+def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns, options: Options, folder: Path) -> str:
+    """The README.md of the package in `folder`."""
+    name = module.__name__
+    value = f"{course_returns.mean():.2f} +/- {course_returns.std():.2f}"
+    how = "the most likely" if args.eval_deterministic else "sampled"
     repo = options.repo_id or "user/name"
     video = f'<video src="https://huggingface.co/{repo}/resolve/main/replay.mp4" controls loop muted></video>\n\n'
     pictures = video if (folder / "replay.mp4").exists() else ""
@@ -258,10 +260,10 @@ def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns,
     cells = [(key, plain(flag).replace("|", "\\|")) for key, flag in asdict(args).items()]
     table = "\n".join(f"| `{key}` | `{flag}` |" for key, flag in cells)
     return f"""---
-{data.to_yaml()}
+{card_data(name, args, value, options)}
 ---
 
-# {name} on {env_name}
+# {name} on {plain(args.env_id)}
 
 An agent trained with SoloRL's one-file [`{name}.py`]({name}.py) for {saved.step:,} environment steps. Over
 {len(course_returns)} episodes with {how} actions its return is **{value}**.
@@ -294,8 +296,6 @@ print({name}.evaluate(agent, args, episodes=10).mean())
 | flag | value |
 |---|---|
 {table}
-
-Evaluated with torch {torch.__version__}, gymnasium {gym.__version__}.
 """
 
 

@@ -45,6 +45,7 @@ import torch
 import tyro
 from gymnasium.spaces import Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.wrappers import DtypeObservation
 from torch import nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -103,7 +104,10 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         num_envs,
         vectorization_mode="sync",
         vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP},
-        wrappers=[gym.wrappers.FlattenObservation, lambda env: gym.wrappers.DtypeObservation(env, np.float32)],
+        wrappers=[
+            gym.wrappers.FlattenObservation,  # copies what the environment returns, and casts it to the declared dtype
+            lambda env: env if env.observation_space.dtype == np.float32 else DtypeObservation(env, np.float32),
+        ],
         **({"render_mode": "rgb_array"} if render else {}),
         **json.loads(args.env_kwargs),
     )

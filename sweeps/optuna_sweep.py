@@ -153,8 +153,9 @@ def run_trial(trial, command: list[str], folder: Path, metric: str, args, prune:
         process.terminate()  # SIGTERM; nothing happens if the script has ended
         process.wait()
     if process.returncode:
-        lines = (folder / "log").read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise RuntimeError(f"exit code {process.returncode}, {lines[-1]} ({folder})")
+        lines = (folder / "log").read_text(errors="replace").splitlines()
+        errors = [line for line in lines if "error" in line.lower()] or ["no error message"]
+        raise RuntimeError(f"exit code {process.returncode}, {errors[-1].strip()} ({folder})")
     if not seen:
         raise RuntimeError(f"{metric} was never logged ({folder})")
     return seen[-1].value

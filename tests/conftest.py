@@ -1,12 +1,13 @@
 """Fixtures shared by all tests."""
 
 import contextlib
-import io
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -53,44 +54,66 @@ def start():
 class Trained:
     """A finished run with the short flags of its script, which tests may read but not change."""
 
-    def __init__(self, name: str, parent: Path):
-        self.checkpoints = []  # every checkpoint that was written, in order
+    def __init__(self, parent: Path):
+        self.parent = parent
         self.stopped = parent / "stopped"  # the run folder as it was just before the last checkpoint
-        stdout, stderr, save, before = io.StringIO(), io.StringIO(), torch.save, os.getcwd()
+        (self.folder,) = (parent / "runs").iterdir()
+        self.stdout, self.stderr = ((parent / name).read_text() for name in ("stdout", "stderr"))
+
+    @classmethod
+    def train(cls, name: str, parent: Path):
+        """Train in this process, and keep what is printed and each checkpoint."""
+        save, before, count = torch.save, os.getcwd(), itertools.count()
 
         def save_and_keep(state, path):
-            if len(self.checkpoints) == 2:
-                shutil.copytree(Path(path).parent, self.stopped)
+            number = next(count)
+            if number == 2:
+                shutil.copytree(Path(path).parent, parent / "stopped")
             save(state, path)
-            self.checkpoints.append(torch.load(path, weights_only=True))
+            save(state, parent / f"checkpoint-{number}.pt")
 
         os.chdir(parent)
         torch.save = save_and_keep
         try:
-            with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                self.folder = parent / run(name)
+            with open("stdout", "w") as stdout, open("stderr", "w") as stderr:
+                with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+                    run(name)
         finally:
             torch.save = save
             os.chdir(before)
-        self.stdout, self.stderr = stdout.getvalue(), stderr.getvalue()
+            (parent / "done").touch()
+
+    @property
+    def checkpoints(self) -> list:
+        """Every checkpoint that was written, in order."""
+        return [torch.load(self.parent / f"checkpoint-{number}.pt", weights_only=True) for number in range(3)]
+
+    @property
+    def checkpoint(self) -> dict:
+        """The last checkpoint."""
+        return load(self.folder)
 
     def copy(self, stopped: bool = False) -> Path:
         """A copy of the run folder, finished or stopped, for a test that changes it."""
         return Path(shutil.copytree(self.stopped if stopped else self.folder, Path("copied", self.folder.name)))
 
-    @property
-    def checkpoint(self) -> dict:
-        return load(self.folder)
-
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """trained("ppo") is a run of ppo.py that many tests read. Each script is trained once in each process of pytest."""
-    runs = {}
+    """trained("ppo") is a run of ppo.py that many tests read. One of pytest's processes trains, the others wait."""
+    temp = tmp_path_factory.getbasetemp()
+    shared = temp.parent if "PYTEST_XDIST_WORKER" in os.environ else temp
 
     def train_once(name):
-        if name not in runs:
-            runs[name] = Trained(name, tmp_path_factory.mktemp(name))
-        return runs[name]
+        parent = shared / f"trained-{name}"
+        try:
+            parent.mkdir()
+        except FileExistsError:
+            deadline = time.monotonic() + 300
+            while not (parent / "done").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+        else:
+            Trained.train(name, parent)
+        return Trained(parent)
 
     return train_once

@@ -12,7 +12,7 @@ import torch
 
 
 def random_rollout(T=12, N=3):
-    """Random numbers with terminations, truncations, and both at once; `next_values` are those of the true successors."""
+    """Random numbers with terminations, truncations, and both at once; `next_values` belong to the true successors."""
     rng = np.random.default_rng(0)
     rewards, values, next_values = rng.normal(size=(3, T, N))
     terminated, truncated = np.zeros((2, T, N), dtype=bool)
@@ -65,7 +65,7 @@ def frozen(x):
     """A copy that later changes do not reach."""
     if isinstance(x, torch.Tensor):
         return x.detach().clone()
-    return copy.deepcopy(x) if isinstance(x, torch.nn.Module) else x
+    return copy.deepcopy(x) if isinstance(x, (torch.nn.Module, np.ndarray)) else x
 
 
 def spy(monkeypatch, owner, name) -> list:
@@ -75,7 +75,7 @@ def spy(monkeypatch, owner, name) -> list:
     def wrapper(*args):
         before = [frozen(x) for x in args]
         result = function(*args)
-        calls.append((before, result))
+        calls.append((before, frozen(result)))
         return result
 
     monkeypatch.setattr(owner, name, wrapper)

@@ -28,6 +28,7 @@ FLAGS = {
     "ddqn_atari": f"{PIXELS} {DQN}",
 }
 SCRIPTS = list(FLAGS)
+every_script = pytest.mark.parametrize("name", SCRIPTS)
 
 
 def flags_of(name: str) -> list[str]:
@@ -78,10 +79,6 @@ def same_weights(first, second) -> bool:
     return all(torch.equal(a, b) for parts in zip(first, second, strict=True) for a, b in zip(*parts, strict=True))
 
 
-# Tests of one script, in the same process of pytest, so that it is trained once (pytest --dist loadgroup).
-every_script = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in SCRIPTS])
-
-
 def module_of(name: str):
     """The script as a module."""
     return importlib.import_module(name)
@@ -109,3 +106,17 @@ def refusal(name: str, *flags, capsys) -> str:
     assert err.startswith(f"{name}.py: error: "), err
     assert err.count("\n") == 1, err
     return err
+
+
+def watch_make_envs(module, monkeypatch) -> list:
+    """A list that gets every vector of training environments that the script makes from now on."""
+    make_envs, made = module.make_envs, []
+
+    def make_and_keep(args, num_envs, evaluation=False, render=False):
+        envs = make_envs(args, num_envs, evaluation, render)
+        if not evaluation:
+            made.append(envs)
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", make_and_keep)
+    return made

@@ -163,6 +163,9 @@ def test_rollouts_are_what_single_environments_give(monkeypatch, flags, env_kwar
         torch.testing.assert_close(advantages, expected, rtol=1e-3, atol=2e-2)
 
         sampled = torch.stack([action for (_, action), _ in actions[rollout]]).flatten(end_dim=1)
+        policy = agent.policy(obs.flatten(end_dim=1))
+        noise = ((sampled - policy.mode) / policy.log_std.exp()).std().item()
+        assert noise == pytest.approx(1, abs=0.4)  # the actions were sampled
         normalized = (advantages - advantages.mean()) / advantages.std() if args.normalize_advantages else advantages
         rows = [obs.flatten(end_dim=1), sampled, normalized.flatten(), (advantages + values).flatten()]
         assert_same_rows([seen_obs, seen_action, seen_advantage, seen_target], rows, atol=1e-3)

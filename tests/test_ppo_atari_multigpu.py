@@ -1,7 +1,6 @@
-"""ppo_atari_multigpu.py with two processes on the CPU; with one it has to be ppo_atari.py."""
+"""ppo_atari_multigpu.py with two processes on the CPU; with one process it has to be ppo_atari.py."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,144 +8,191 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_scripts import flags_of, load, run
+from oracles import no_evaluation
+from runs import ROOT, flags_of, load, tensors
 
-import ppo_atari_multigpu
+import ppo_atari_multigpu as multigpu
 
+pytestmark = pytest.mark.xdist_group("ppo_atari_multigpu")  # in one process, so that torchrun starts only twice
+
+# Trains in each process, and keeps the run folder as it was after the second checkpoint.
 SPY = """
-import os, sys
+import shutil, sys
+from pathlib import Path
+import numpy as np
 import torch
 import ppo_atari_multigpu as script
 
-STOP_AT = int(os.environ["STOP_AT"])
-steps, average = [], script.average
+averaged, seeds, networks, rollouts = [], [], [], []
+average, reset, save = script.average, script.AtariGames.reset, script.Run.save_checkpoint
 
 def spy_average(tensors):
     before = [tensor.clone() for tensor in tensors]
     average(tensors)
-    steps.append((before, [tensor.clone() for tensor in tensors]))
+    averaged.append((before, [tensor.clone() for tensor in tensors]))
 
-class Stopped:
-    def cut(self, envs):
-        if self.step == STOP_AT:
-            os._exit(9)
-        envs, obs = super().cut(envs)
-        seen.append(torch.as_tensor(obs))
-        return envs, obs
+def spy_reset(self, *, seed=None, options=None):
+    seeds.append(seed)
+    return reset(self, seed=seed)
 
-    def log(self, metrics):
-        super().log(metrics)
-        if "time/sps" in metrics:
-            networks.append({k: v.clone() for k, v in self.parts["agent"].state_dict().items()})
+def spy_save(self, final=False):
+    returns = save(self, final)
+    if self.step == 400 and not Path("stopped").exists():
+        shutil.copytree(self.folder, "stopped")
+    return returns
 
-class Run(Stopped, script.Run):
-    pass
+def end_of_update(self, obs):
+    networks.append({name: weight.clone() for name, weight in self.state_dict().items()})
+    rollouts.append(obs.clone())
 
-class Worker(Stopped, script.Worker):
-    def __init__(self, args, steps_per_iteration, **parts):
-        super().__init__(args, steps_per_iteration, **parts)
-        self.parts = parts
-
-seen, networks = [], []
-script.average, script.Run, script.Worker = spy_average, Run, Worker
-script.train(script.parse_args(sys.argv[1:]))
-torch.save({"steps": steps, "networks": networks, "seen": seen}, f"rank-{script.RANK}.pt")
+script.average, script.AtariGames.reset, script.Run.save_checkpoint = spy_average, spy_reset, spy_save
+script.Agent.update_normalizer = end_of_update
+script.evaluate = lambda *args, **kwargs: np.zeros(1)
+folder = script.train(script.parse_args(sys.argv[1:]))
+seen = {"averaged": averaged, "seeds": seeds, "networks": networks, "rollouts": rollouts}
+torch.save(seen | {"folder": folder and str(folder), "num_envs": script.Args().num_envs}, f"rank-{script.RANK}.pt")
 """
-FLAGS = [*flags_of("ppo_atari_multigpu"), "--num-checkpoints", "4"]
+FLAGS = "--num-envs 4 --num-steps 20 --total-timesteps 800 --num-checkpoints 4 --target-kl 1000".split()
+
+
+def torchrun(folder, *flags):
+    """Train in two processes; returns what each of them saw."""
+    (folder / "spy.py").write_text(SPY)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py", *flags]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=env, cwd=folder, stderr=subprocess.PIPE, text=True)
+    try:
+        _, stderr = process.communicate(timeout=200)
+    finally:
+        process.terminate()  # torchrun ends the processes that it started
+    assert process.returncode == 0, stderr
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder in which two processes ran, and what each of them saw."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    return folder, *torchrun(folder, *flags_of("ppo_atari_multigpu"), *FLAGS)
+
+
+def test_one_process_has_the_weights_of_ppo_atari(trained):
+    ours, theirs = (trained(name).checkpoint for name in ("ppo_atari_multigpu", "ppo_atari"))
+    for part in ("agent", "optimizer"):
+        assert ours[part].keys() == theirs[part].keys()
+        assert all(torch.equal(a, b) for a, b in zip(tensors(ours[part]), tensors(theirs[part]), strict=True))
+
+
+def test_two_processes_average_their_gradients(two_processes):
+    _, first, second = two_processes
+    assert len(first["averaged"]) == len(second["averaged"]) == 10 * (2 + 1)  # two minibatches, and the KL
+    for (mine, mean), (yours, same) in zip(first["averaged"], second["averaged"]):
+        assert len(mine) == len(yours) == len(mean) == len(same) in (1, 12)
+        for a, b, c, d in zip(mine, yours, mean, same):
+            assert torch.equal(c, d)
+            torch.testing.assert_close(c, (a + b) / 2)
+        assert not all(torch.equal(a, b) for a, b in zip(mine, yours))
+
+
+def test_two_processes_have_one_network(two_processes):
+    """The one that the first process saves."""
+    folder, first, second = two_processes
+    assert len(first["networks"]) == 10
+    for mine, yours in zip(first["networks"], second["networks"], strict=True):
+        assert all(torch.equal(mine[name], yours[name]) for name in mine)
+    checkpoint = load(folder / first["folder"])
+    assert checkpoint["step"] == 800
+    assert all(torch.equal(checkpoint["agent"][name], weight) for name, weight in first["networks"][-1].items())
+
+
+def test_two_processes_play_different_games(two_processes):
+    _, first, second = two_processes
+    assert len({*first["seeds"], *second["seeds"]}) == 2 * 2  # two processes, each started anew at two checkpoints
+    assert all(len(obs) == 20 * 2 for obs in first["rollouts"] + second["rollouts"])
+    assert not any(torch.equal(a, b) for a, b in zip(first["rollouts"], second["rollouts"]))
+
+
+def test_only_the_first_process_writes(two_processes):
+    folder, first, second = two_processes
+    assert second["folder"] is None
+    assert [folder / first["folder"]] == list((folder / "runs").iterdir())
+    episodes = np.genfromtxt(folder / first["folder"] / "episodes.csv", delimiter=",", names=True)
+    assert episodes["step"].tolist() == [80, 80, 160, 160, 240, 240, 320, 320, 400, 400,
+                                         480, 480, 560, 560, 640, 640, 720, 720, 800, 800]  # fmt: skip
+
+
+def test_two_processes_resume_where_they_were(two_processes):
+    folder, first, _ = two_processes
+    again, _ = torchrun(folder, "--resume", "stopped")
+    assert len(again["networks"]) == 5
+    whole, resumed = load(folder / first["folder"]), load(folder / "stopped")
+    assert resumed["step"] == whole["step"] == 800
+    for part in ("agent", "optimizer"):
+        assert all(torch.equal(a, b) for a, b in zip(tensors(whole[part]), tensors(resumed[part]), strict=True))
+
+
+def test_each_process_has_eight_games_unless_you_say_so(two_processes):
+    assert two_processes[1]["num_envs"] == 16
+    assert multigpu.Args().num_envs == 8
+
+
+@pytest.mark.parametrize("step", [0, 400, 1200])
+@pytest.mark.parametrize("flags", [[], ["--eval-episodes", "100"], ["--num-checkpoints", "50"]])
+def test_all_processes_have_their_checkpoints_at_the_same_steps(step, flags, monkeypatch):
+    no_evaluation(monkeypatch, multigpu)
+    args = multigpu.parse_args([*flags_of("ppo_atari_multigpu"), "--total-timesteps", "30_000", *flags])
+    next_checkpoints = []
+    for run in (multigpu.Run(args), multigpu.Worker(args)):
+        assert run.next_checkpoint == 0
+        run.parts = {"agent": torch.nn.Linear(1, 1)}
+        run.step = step
+        run.save_checkpoint()
+        next_checkpoints.append(run.next_checkpoint)
+    assert next_checkpoints[0] == next_checkpoints[1] > step
 
 
 @pytest.mark.parametrize(("local_rank", "gpus", "name", "expected"), [
-    (0, 1, "cuda", "cuda:0"), (1, 2, "cuda", "cuda:1"), (0, 2, "cuda:1", "cuda:1"), (1, 1, "cuda", None),
+    (0, 1, "auto", "cuda:0"), (0, 2, "cuda", "cuda:0"), (1, 2, "cuda", "cuda:1"), (1, 1, "auto", None),
+    (1, 1, "cuda", None), (1, 2, "cpu", "cpu"), (1, 1, "cpu", "cpu"),
 ])  # fmt: skip
 def test_each_process_has_a_gpu_of_its_own_or_is_refused(local_rank, gpus, name, expected, monkeypatch, capsys):
-    joined = {}
-    monkeypatch.setattr(ppo_atari_multigpu, "LOCAL_RANK", local_rank)
+    current = []
+    joined = []
+    monkeypatch.setattr(multigpu, "LOCAL_RANK", local_rank)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda backend, **options: joined.update(options, backend=backend)
-    )
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, **options: joined.append(backend))
+
+    def pick_device(name):
+        return torch.device("cpu") if name == "cpu" else torch.device("cuda", current[-1] if current else 0)
+
+    monkeypatch.setattr(multigpu, "pick_device", pick_device)
     if expected is None:
-        with pytest.raises(SystemExit) as error:
-            ppo_atari_multigpu.join_processes(torch.device(name))
-        assert error.value.code == 2 and "each process needs a GPU, and this machine has 1" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            multigpu.join_processes(name)
+        assert stop.value.code == 2
+        assert f"--device {name}: each process needs its own GPU, and this machine has 1" in capsys.readouterr().err
+        assert not joined
     else:
-        assert ppo_atari_multigpu.join_processes(torch.device(name)) == torch.device(expected)
-        assert joined["backend"] == "nccl" and joined["device_id"] == torch.device(expected)
+        assert multigpu.join_processes(name) == torch.device(expected)
+        assert joined == ["gloo" if name == "cpu" else "nccl"]
+        assert bool(current) == (name != "cpu")
 
 
-def torchrun(*flags, stop_at=-1, processes=2):
-    """Start SPY in `processes` processes; returns the exit code and stderr."""
-    Path("spy.py").write_text(SPY)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "STOP_AT": str(stop_at), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, "spy.py", *flags], env=env, capture_output=True, text=True)
-    return result.returncode, result.stderr
+BAD_INPUT = {
+    "--num-envs 3": "--num-envs 3: 2 processes need equal shares",
+    "--num-envs 2 --num-steps 15 --num-minibatches 2": "15 steps",
+    "--num-envs 2 --num-steps 4 --num-minibatches 4": "4 steps",
+    "--num-envs 2 --num-steps 16 --num-minibatches 2 --total-timesteps 31": "less than the 32 steps of one rollout",
+}
 
 
-def test_one_process_has_the_weights_of_ppo_atari():
-    ours, theirs = (load(run(name))["agent"] for name in ("ppo_atari_multigpu", "ppo_atari"))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def test_two_processes_average_their_gradients_and_stay_the_same():
-    returncode, stderr = torchrun(*FLAGS, "--target-kl", "1")
-    assert returncode == 0, stderr
-    (folder,) = Path("runs").iterdir()
-    first, second = (torch.load(f"rank-{rank}.pt") for rank in (0, 1))
-    assert len(first["steps"]) == len(second["steps"]) == 16 * 4 * (2 + 1)  # iterations, epochs, minibatches and KL
-    for (mine, averaged), (yours, received) in zip(first["steps"], second["steps"]):
-        for a, b, mean, same in zip(mine, yours, averaged, received):
-            assert torch.equal(mean, same)
-            torch.testing.assert_close(mean, (a + b) / 2)
-    assert any(not torch.equal(a, b) for a, b in zip(first["steps"][0][0], second["steps"][0][0]))
-    for mine, yours in zip(first["networks"], second["networks"]):
-        assert all(torch.equal(mine[name], yours[name]) for name in mine)
-    assert [len(obs) for obs in first["seen"]] == [len(obs) for obs in second["seen"]] == [1] * 4
-    assert len(first["networks"]) == 16
-    checkpoint = load(folder)
-    assert checkpoint["step"] == 512
-    assert all(torch.equal(checkpoint["agent"][name], first["networks"][-1][name]) for name in first["networks"][-1])
-    steps = np.genfromtxt(folder / "episodes.csv", delimiter=",", names=True)["step"]
-    assert steps.max() <= 512 and (steps % 2 == 0).all()
-
-
-def test_two_processes_play_different_games():
-    """After a random number of idle frames at the start, of which the seed decides."""
-    import ppo_atari_multigpu as script
-
-    args = script.parse_args(FLAGS)
-    seeds = set()
-    for rank in range(4):
-        script_rank, script.RANK = script.RANK, rank
-        try:
-            worker = script.Worker(args, 32)
-        finally:
-            script.RANK = script_rank
-        seeds.add(script.seed_everything(worker.args.seed, 0, 0))
-    assert len(seeds) == 4
-    assert args.seed == 1
-
-
-def test_two_processes_resume_where_they_were():
-    assert torchrun(*FLAGS)[0] == 0
-    whole = load(next(Path("runs").iterdir()))
-    shutil.rmtree("runs")
-    assert torchrun(*FLAGS, stop_at=256)[0] != 0
-    (folder,) = Path("runs").iterdir()
-    assert load(folder)["step"] == 128
-    returncode, stderr = torchrun("--resume", str(folder))
-    assert returncode == 0, stderr
-    resumed = load(folder)
-    assert resumed["step"] == whole["step"] == 512
-    assert all(torch.equal(whole["agent"][name], resumed["agent"][name]) for name in whole["agent"])
-
-
-@pytest.mark.parametrize(("flags", "message"), [(["--num-envs", "3"], "--num-envs 3: 2 processes need equal shares")])
-def test_bad_input_with_two_processes(flags, message):
-    returncode, stderr = torchrun(*FLAGS, *flags)
-    assert returncode != 0
-    assert message in stderr
+@pytest.mark.parametrize("flags", BAD_INPUT)
+def test_bad_input_with_two_processes(flags, monkeypatch, capsys):
+    monkeypatch.setattr(multigpu, "WORLD_SIZE", 2)
+    with pytest.raises(SystemExit) as stop:
+        multigpu.parse_args(flags.split())
+    assert stop.value.code == 2
+    assert BAD_INPUT[flags] in capsys.readouterr().err
     assert not Path("runs").exists()

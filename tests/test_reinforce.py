@@ -171,6 +171,7 @@ def test_a_batch_is_one_whole_episode_of_each_environment(monkeypatch, losses, k
     agent, obs, action, seen_returns, baseline, num_episodes = losses[0][0]
     assert torch.equal(obs, played.obs[:T][valid])
     assert torch.equal(action, torch.stack([action for (_, action), _ in actions[:T]])[valid])
+    assert (action != agent.policy(obs).mode).float().mean() > 0.2  # they were sampled
     torch.testing.assert_close(seen_returns, returns[valid])
     torch.testing.assert_close(baseline, brute_force_baseline(kind, agent, played.obs[:T], returns, length)[valid])
     assert num_episodes == 4

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from runs import (
-    SCRIPTS, every_script, files, flags_of, load, module_of, refusal, results, resume, run, same_weights, scalars,
+    SCRIPTS,
+    every_script,
+    files,
+    flags_of,
+    load,
+    module_of,
+    refusal,
+    results,
+    resume,
+    run,
+    same_weights,
+    scalars,
 )  # fmt: skip
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -90,10 +101,9 @@ def test_a_full_disk_keeps_the_checkpoint_before(name, saved, trained, monkeypat
             raise OSError("disk full")
         save(state, path)
 
-    monkeypatch.setattr(torch, "save", die)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(torch, "save", die)
         run(name)
-    monkeypatch.undo()
     (folder,) = Path("runs").iterdir()
     if saved == 0:
         assert not (folder / "checkpoint.pt").exists()
@@ -103,18 +113,32 @@ def test_a_full_disk_keeps_the_checkpoint_before(name, saved, trained, monkeypat
         assert_same_run(folder, trained(name).folder)
 
 
-def test_stopped_during_an_evaluation(trained, monkeypatch):
-    """The checkpoint is written before its evaluation, which is then repeated."""
+def stop_in_the_first_evaluation(monkeypatch, go_on):
+    """The checkpoint is written before its evaluation."""
 
     def stop(*args, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module_of("ppo"), "evaluate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        run("ppo")
-    monkeypatch.undo()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module_of("ppo"), "evaluate", stop)
+        go_on()
+
+
+def test_stopped_during_the_first_evaluation(trained, monkeypatch):
+    stop_in_the_first_evaluation(monkeypatch, lambda: run("ppo"))
     (folder,) = Path("runs").iterdir()
     assert load(folder)["step"] == 0
+    resume("ppo", folder)
+    assert_same_run(folder, trained("ppo").folder)
+
+
+def test_stopped_again_right_after_it_was_resumed(trained, monkeypatch):
+    folder = trained("ppo").copy(stopped=True)
+    before = load(folder)
+    stop_in_the_first_evaluation(monkeypatch, lambda: resume("ppo", folder))
+    assert (load(folder)["step"], load(folder)["csv_size"]) == (before["step"], before["csv_size"])
+    with open(folder / "episodes.csv", "a") as file:
+        file.write("99999,1.0,1\n")
     resume("ppo", folder)
     assert_same_run(folder, trained("ppo").folder)
 
@@ -124,18 +148,23 @@ def test_stopped_during_an_evaluation(trained, monkeypatch):
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "shortened", "torn", "longer"])
 def test_a_damaged_episodes_file_stays_readable(damage, trained):
+    """Rows of the time before the checkpoint are lost with it; those after it are written as ever."""
     folder = trained("ppo").copy(stopped=True)
-    path, text = folder / "episodes.csv", episodes(folder)
+    path, text, size = folder / "episodes.csv", episodes(folder), load(folder)["csv_size"]
+    rows_after = episodes(trained("ppo").folder)[size:].splitlines()
+    row_end = text.index("\n", size // 2) + 1
     if damage == "missing":
         path.unlink()
     else:
-        cut = {"empty": 0, "shortened": text.index("\n", len(text) // 2) + 1, "torn": len(text) // 2, "longer": None}
-        path.write_text(text[: cut[damage]] + ("1,2.0,3\n" if damage == "longer" else ""))
+        path.write_text(
+            {"empty": "", "shortened": text[:row_end], "torn": text[: row_end - 3], "longer": text * 2}[damage]
+        )
     resume("ppo", folder)
     assert b"\0" not in path.read_bytes()
-    assert episodes(folder).startswith("step,return,length\n")
-    new_rows = [line for line in episodes(trained("ppo").folder).splitlines() if line not in text.splitlines()]
-    assert episodes(folder).splitlines()[-len(new_rows) + 1 :] == new_rows[1:]
+    header, *rows = episodes(folder).splitlines()
+    assert header == "step,return,length"
+    assert rows[-len(rows_after) + 1 :] == rows_after[1:]  # the first one ends a torn row
+    assert damage == "torn" or rows[-len(rows_after)] == rows_after[0]
     assert same_weights(folder, trained("ppo").folder)
 
 
@@ -197,7 +226,7 @@ def test_resume_with_more_steps_goes_on(name, trained, capsys):
     assert episodes(folder).startswith(episodes(trained(name).folder))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in with_optimizer])
+@pytest.mark.parametrize("name", with_optimizer)
 def test_another_learning_rate_takes_effect(name, trained, capsys):
     """One step more with a rate of zero: nothing that the optimizer moves has moved."""
     folder = trained(name).copy()

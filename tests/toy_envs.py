@@ -1,5 +1,7 @@
 """Small environments whose answers are known, used as `--env-id toy_envs:Name-v0`."""
 
+import builtins
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, Tuple
@@ -148,7 +150,7 @@ class Endless(gym.Env):
 
 
 class Buggy(gym.Env):
-    """Raises the error `kind` in one of its methods, in its own code or (`deep`) in gymnasium's, which it calls wrongly."""
+    """Raises the error `kind` in the method `where`, itself or (`deep`) by a wrong call of gymnasium."""
 
     observation_space = Discrete(2)
     action_space = Discrete(2)
@@ -161,9 +163,7 @@ class Buggy(gym.Env):
         if method == self.where:
             if self.deep:
                 Discrete("two")
-            raise {"TypeError": TypeError, "ValueError": ValueError, "AttributeError": AttributeError}.get(
-                self.kind, KeyError
-            )("a bug of mine")
+            raise getattr(builtins, self.kind)("a bug of mine")
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
