@@ -404,11 +404,11 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
     try:
         envs = make_envs(args, num_envs)
     except (gym.error.Error, json.JSONDecodeError, ModuleNotFoundError, TypeError, NotImplementedError) as error:
-        raised_in = Path(traceback.extract_tb((error.__cause__ or error).__traceback__)[-1].filename).parts
-        if isinstance(error, (TypeError, NotImplementedError)) and {"gymnasium", SCRIPT.name}.isdisjoint(raised_in):
+        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        in_env = [f for f in frames if {"gymnasium", "ale_py", SCRIPT.name}.isdisjoint(Path(f.filename).parts)]
+        if isinstance(error, (TypeError, NotImplementedError)) and in_env:
             raise  # a bug inside the environment
-        reason = str(error) or "its observations cannot be flattened into a vector"
-        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}")
+        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {str(error) or 'cannot flatten observations'}")
     if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", []):
         fail(f"--capture-video: {args.env_id} has no render mode rgb_array")
     return envs

@@ -77,7 +77,7 @@ class Args:
     num_envs: int = 16  # parallel environments (N)
     episodic_life: bool = True  # in training, a lost life ends the episode
     bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # for all but the last layer; fast on GPUs
-    compile: bool = False  # compile the convolutions, which takes a minute; for long runs on a GPU
+    compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
@@ -201,7 +201,7 @@ class Agent(nn.Module):
         )  # fmt: skip
         self.head = nn.Linear(512, self.num_actions)
         if args.compile:
-            self.network.compile(mode="reduce-overhead")
+            self.compile(mode="reduce-overhead")
 
     def forward(self, obs):
         """The Q-values (B, A) float32 of all actions in `obs` (B, 4, 84, 84) uint8."""
@@ -437,11 +437,11 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
     try:
         envs = make_envs(args, num_envs)
     except (gym.error.Error, json.JSONDecodeError, ModuleNotFoundError, TypeError, NotImplementedError) as error:
-        raised_in = Path(traceback.extract_tb((error.__cause__ or error).__traceback__)[-1].filename).parts
-        if isinstance(error, (TypeError, NotImplementedError)) and {"gymnasium", SCRIPT.name}.isdisjoint(raised_in):
+        frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
+        in_env = [f for f in frames if {"gymnasium", "ale_py", SCRIPT.name}.isdisjoint(Path(f.filename).parts)]
+        if isinstance(error, (TypeError, NotImplementedError)) and in_env:
             raise  # a bug inside the environment
-        reason = str(error) or "its observations cannot be flattened into a vector"
-        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {reason}")
+        fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {str(error) or 'cannot flatten observations'}")
     if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", []):
         fail(f"--capture-video: {args.env_id} has no render mode rgb_array")
     return envs

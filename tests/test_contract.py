@@ -78,6 +78,8 @@ def test_act_gives_actions_for_the_environment(name, trained):
         assert envs.action_space.contains(action.astype(envs.action_space.dtype))
         envs.step(action)
     np.testing.assert_array_equal(agent.act(obs, True), agent.act(obs, True))
+    if hasattr(agent, "eval_epsilon"):
+        agent.eval_epsilon = 0.5  # or a random action is rare
     samples = np.stack([agent.act(obs, False) for _ in range(50)])
     assert len(np.unique(samples)) > 1
     envs.close()

@@ -256,7 +256,6 @@ BAD_INPUT = [
     (BREAKOUT, {"img_height": 42}, "'img_height'"),
     (BREAKOUT, {"grayscale": False}, "'grayscale'"),
     (BREAKOUT, {"frameskip": 0}, "frameskip"),
-    (BREAKOUT, {"stack_num": 0}, "stack_num"),
     (BREAKOUT, {"stack_num": "a"}, "incompatible function arguments"),
 ]
 

@@ -266,6 +266,26 @@ def test_a_learning_rate_that_is_far_too_high_stops_it(name, flags):
     assert_stops(name, "--learning-rate", "1e38", *flags.split(), errors=(SystemExit, RuntimeError))
 
 
+def test_weights_that_are_not_finite_are_not_saved():
+    """The only update before the second checkpoint spoils the weights; what it logs is finite."""
+    flags = "--num-steps 400 --num-minibatches 1 --update-epochs 1 --learning-rate 1e39"
+    assert_stops("ppo", *flags.split())
+    (folder,) = Path("runs").iterdir()
+    assert [event.step for event in scalars(folder, "loss/policy")] == [800]
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_numbers_are_checked_at_any_depth(number):
+    check_finite = module_of("ppo").check_finite
+    group = {"lr": 1e-3, "maximize": False, "params": [0, 1]}
+    state = {"state": {0: {"step": torch.ones(()), "exp_avg": torch.ones(2, 2)}}, "param_groups": [group]}
+    check_finite({"optimizer": state, "loss": 1.0, "obs": np.ones(2)})
+    state["state"][0]["exp_avg"][1, 0] = number
+    for bad in (state, number, np.float32(number), np.array([1, number]), {"a": {"b": torch.tensor([number])}}):
+        with pytest.raises(SystemExit, match="is NaN or infinite"):
+            check_finite({"good": 1.0, "bad": bad})
+
+
 def test_nan_actions_do_not_crash_the_process(start):
     """Box2D would end the process at a NaN without a word of Python."""
     flags = "--env-id LunarLanderContinuous-v3 --num-envs 2 --num-steps 32 --num-minibatches 1 --update-epochs 1"

@@ -259,13 +259,12 @@ WRONG_FLAGS = {
 
 def test_search_refuses_wrong_flags(optuna_sweep, capsys):
     for flags, message in WRONG_FLAGS.items():
-        words = flags.split()
-        options = optuna_sweep.Options(str(SWEEPS / "ppo.yaml"))
-        if words[0] in ("--trials", "--storage"):
-            setattr(options, words[0][2:], int(words[1]) if words[1].isdigit() else words[1])
-            words = []
+        name, value = flags.split()
+        options = optuna_sweep.Options(str(SWEEPS / "ppo.yaml"), storage="nosuch://y")  # so that no search starts
+        if name in ("--trials", "--storage"):
+            setattr(options, name[2:], int(value) if value.isdigit() else value)
         with pytest.raises(SystemExit) as stop:
-            optuna_sweep.main(options, words)
+            optuna_sweep.main(options, [] if name in ("--trials", "--storage") else [name, value])
         output, errors = capsys.readouterr()
         assert (stop.value.code, output) == (2, ""), flags
         assert message in errors
