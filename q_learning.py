@@ -242,8 +242,8 @@ def open_envs(args: Args, num_envs: int) -> VectorEnv:
         envs = make_envs(args, num_envs)
     except (gym.error.Error, json.JSONDecodeError, ModuleNotFoundError, TypeError, NotImplementedError) as error:
         frames = traceback.extract_tb((error.__cause__ or error).__traceback__)
-        in_env = [f for f in frames if {"gymnasium", "ale_py", SCRIPT.name}.isdisjoint(Path(f.filename).parts)]
-        if isinstance(error, (TypeError, NotImplementedError)) and in_env:
+        bugs = [f for f in frames if {"gymnasium", "ale_py", "functools.py", SCRIPT.name}.isdisjoint(Path(f[0]).parts)]
+        if isinstance(error, (TypeError, NotImplementedError)) and bugs:
             raise  # a bug inside the environment
         fail(f"--env-id {args.env_id} --env-kwargs '{args.env_kwargs}': {str(error) or 'cannot flatten observations'}")
     if args.capture_video and "rgb_array" not in envs.metadata.get("render_modes", []):

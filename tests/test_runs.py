@@ -270,8 +270,6 @@ def test_weights_that_are_not_finite_are_not_saved():
     """The only update before the second checkpoint spoils the weights; what it logs is finite."""
     flags = "--num-steps 400 --num-minibatches 1 --update-epochs 1 --learning-rate 1e39"
     assert_stops("ppo", *flags.split())
-    (folder,) = Path("runs").iterdir()
-    assert [event.step for event in scalars(folder, "loss/policy")] == [800]
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
