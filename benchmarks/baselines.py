@@ -1,6 +1,6 @@
 """The lesson on variance: REINFORCE on CartPole-v1 with each baseline and five seeds, drawn into docs/baselines.png.
 
-python benchmarks/baselines.py              # trains what is not in benchmarks/baselines.csv, then draws
+python benchmarks/baselines.py              # trains what is not in benchmarks/results/baselines.csv, then draws
 """
 
 import csv
@@ -11,14 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from speed import HERE, ROOT
+from speed import RESULTS, ROOT
 
 BASELINES = {"none": "#b5541c", "mean": "#3f8f5b", "learned": "#1f4e79"}
 SEEDS = range(1, 6)
 FLAGS = "--num-envs 4 --total-timesteps 300_000 --learning-rate 1e-2 --no-anneal-lr --no-normalize-observations"
 FLAGS += " --num-checkpoints 1 --eval-episodes 10"
 GRID = np.linspace(0, 300_000, 61)[1:]  # ends of the intervals of steps over which the curves are averaged
-PATH = HERE / "baselines.csv"
+PATH = RESULTS / "baselines.csv"
 
 
 def train(baseline: str, seed: int) -> list:

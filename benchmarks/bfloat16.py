@@ -1,6 +1,6 @@
 """Does bfloat16 change what is learned? PPO on Breakout with and without it, drawn into docs/bfloat16.png.
 
-python benchmarks/bfloat16.py               # trains what is not in benchmarks/bfloat16.csv, then draws
+python benchmarks/bfloat16.py               # trains what is not in benchmarks/results/bfloat16.csv, then draws
 """
 
 import csv
@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from speed import HERE, ROOT
+from speed import RESULTS, ROOT
 
 FORMATS = {"bfloat16": "#1f4e79", "float32": "#b5541c"}
 SEEDS = (1, 2)
 STEPS = 300_000
 GRID = np.linspace(0, STEPS, 16)[1:]  # ends of the intervals of steps over which the curves are averaged
-PATH = HERE / "bfloat16.csv"
+PATH = RESULTS / "bfloat16.csv"
 
 
 def train(name: str, seed: int) -> list:

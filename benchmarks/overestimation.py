@@ -18,13 +18,13 @@ import sys
 
 import numpy as np
 import torch
-from scores import HERE, ROOT, TABLE, read, run_folder, train
+from scores import RESULTS, ROOT, TABLE, read, run_folder, train
 
 NAMES = {"dqn_atari": ("DQN", "#b5541c"), "ddqn_atari": ("Double DQN", "#1f4e79")}
 NUM_ENVS = 10
 NUM_STEPS = 1500
 HORIZON = 500  # later rewards are ignored, because their weight is less than a hundredth: gamma^500
-PATH = HERE / "overestimation.csv"
+PATH = RESULTS / "overestimation.csv"
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
-from scores import CURVES, GPU_TABLE, HERE, ROOT, SCORES, TABLE, key, read
+from scores import CURVES, GPU_TABLE, RESULTS, ROOT, SCORES, TABLE, key, read
 
 # script, a part of its flags, the score to compare with, and its source; the first row that fits is used
 REFERENCES = [
@@ -93,7 +93,7 @@ def ratios() -> dict:
     """For each task, our speed divided by that of Stable-Baselines3, one ratio for each round."""
     rates = {}
     found = {}
-    for row in read(HERE / "speed.csv"):
+    for row in read(RESULTS / "speed.csv"):
         best = rates.setdefault((row["task"], row["round"]), {})
         best[row["contender"]] = max(best.get(row["contender"], 0), int(row["steps_per_second"]))
     for (task, _), best in rates.items():
@@ -145,8 +145,8 @@ def main():
     """Draw all of it."""
     draw_curves(panels())
     draw_speed(ratios())
-    if rates := read(HERE / "scaling.csv"):
-        draw_scaling(rates, read(HERE / "memory.csv"))
+    if rates := read(RESULTS / "scaling.csv"):
+        draw_scaling(rates, read(RESULTS / "memory.csv"))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trains all rows of TABLE: the scores are in benchmarks/scores.csv, the evaluations on the way in curves.csv.
+"""Trains all rows of TABLE: the scores are in results/scores.csv beside it, the evaluations on the way in curves.csv.
 
 Rows that are in the files are skipped, and a run that was stopped continues from its last checkpoint. So this program
 can be stopped at any time and started again. The runs are in runs/scores.
@@ -28,7 +28,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from speed import HERE, ROOT, cpu_name
+from speed import RESULTS, ROOT, cpu_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
@@ -81,8 +81,8 @@ GPU_TABLE = [
         ("ddqn_atari", "--num-envs 32"),
     )
 ]
-SCORES = HERE / "scores.csv"
-CURVES = HERE / "curves.csv"
+SCORES = RESULTS / "scores.csv"
+CURVES = RESULTS / "curves.csv"
 KEY = ("script", "flags", "seed")
 
 

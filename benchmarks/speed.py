@@ -4,12 +4,12 @@ The ceiling is the environment stepped with random actions. The contenders take 
 because the speed of a machine drifts: compare only numbers of one call. Stable-Baselines3 runs with one thread and with
 two, and the faster one of a round counts; from pixels it runs with all cores, as we do (one thread was always slower).
 
-    python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/speed.csv
+    python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/results/speed.csv
     python benchmarks/speed.py --only atari --rounds 3
-    python benchmarks/speed.py --scaling           # over the number of environments: benchmarks/scaling.csv
-    python benchmarks/speed.py --solve             # time until a task is solved: benchmarks/solve.csv
-    python benchmarks/speed.py --gpu               # the pixel scripts on a GPU: benchmarks/gpu.csv
-    python benchmarks/speed.py --memory            # peak memory with a full replay: benchmarks/memory.csv
+    python benchmarks/speed.py --scaling           # over the number of environments: benchmarks/results/scaling.csv
+    python benchmarks/speed.py --solve             # time until a task is solved: benchmarks/results/solve.csv
+    python benchmarks/speed.py --gpu               # the pixel scripts on a GPU: benchmarks/results/gpu.csv
+    python benchmarks/speed.py --memory            # peak memory with a full replay: benchmarks/results/memory.csv
 """
 
 import csv
@@ -30,7 +30,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "benchmarks"
+RESULTS = ROOT / "benchmarks" / "results"
 
 # task: script, steps to measure, flags of the script, Stable-Baselines3's class and the same hyperparameters
 TASKS = {
@@ -210,7 +210,7 @@ def scaling_child(script: str, contender: str, num_envs: int):
 
 
 def scaling(rounds: int, only: str):
-    """Measure the steps per second over the number of environments; writes benchmarks/scaling.csv after each."""
+    """Measure the steps per second over the number of environments; writes results/scaling.csv after each."""
     rows = []
     scripts = [script for script in SCALING if only in script]
     for round_number in range(1, rounds + 1):
@@ -221,7 +221,7 @@ def scaling(rounds: int, only: str):
                     words = ("--script", script, "--contender", contender, "--num-envs", num_envs)
                     rows.append(task | run_child("--child", "--scaling", *words))
                     print(rows[-1], flush=True)
-                    write(HERE / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
+                    write(RESULTS / "scaling.csv", rows, keep=lambda row: row["script"] not in scripts)
 
 
 def gpu_child(script: str, contender: str, device: str, flags: str):
@@ -245,7 +245,7 @@ def gpu_child(script: str, contender: str, device: str, flags: str):
 
 
 def gpu(rounds: int, only: str, device: str, flags: str):
-    """Measure the pixel scripts on a GPU, with and without --compile; writes benchmarks/gpu.csv after each."""
+    """Measure the pixel scripts on a GPU, with and without --compile; writes results/gpu.csv after each."""
     rows = []
     tasks = {script: f"--device {device} {GPU[script]} {flags}".strip() for script in GPU if only in script}
     for round_number in range(1, rounds + 1):
@@ -255,7 +255,7 @@ def gpu(rounds: int, only: str, device: str, flags: str):
                 rows.append({"script": script, "flags": all_flags, "contender": contender, "round": round_number})
                 rows[-1] |= run_child("--child", "--gpu", *words)
                 print(rows[-1], flush=True)
-                write(HERE / "gpu.csv", rows, keep=lambda row: tasks.get(row["script"]) != row["flags"])
+                write(RESULTS / "gpu.csv", rows, keep=lambda row: tasks.get(row["script"]) != row["flags"])
 
 
 def memory_child(buffer_size: int):
@@ -269,13 +269,13 @@ def memory_child(buffer_size: int):
 
 
 def memory():
-    """Measure the peak memory over the size of the replay; writes benchmarks/memory.csv after each."""
+    """Measure the peak memory over the size of the replay; writes results/memory.csv after each."""
     rows = []
     for buffer_size in (10_000, 100_000, 300_000, 1_000_000):
         result = run_child("--child", "--memory", "--buffer-size", buffer_size)
         rows.append({"task": "dqn_atari Breakout, replay written full", "buffer_size": buffer_size} | result)
         print(rows[-1], flush=True)
-        write(HERE / "memory.csv", rows)
+        write(RESULTS / "memory.csv", rows)
 
 
 def peak_memory() -> int | None:
@@ -315,7 +315,7 @@ def run_child(*words) -> dict:
 
 
 def speed(rounds: int, only: str):
-    """Measure all tasks and contenders in turns; writes benchmarks/speed.csv after each, prints medians and ratios."""
+    """Measure all tasks and contenders in turns; writes results/speed.csv after each, prints medians and ratios."""
     rows = []
     tasks = [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
@@ -328,7 +328,7 @@ def speed(rounds: int, only: str):
                 result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
                 rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
                 print(rows[-1], flush=True)
-                write(HERE / "speed.csv", rows, keep=lambda row: row["task"] not in tasks)
+                write(RESULTS / "speed.csv", rows, keep=lambda row: row["task"] not in tasks)
     for task in tasks:
         rates = {}
         for row in rows:
@@ -414,7 +414,7 @@ def solve_child(env_id: str, contender: str, seed: int):
 
 
 def solve(seeds: int, only: str):
-    """Measure the time until a task is solved; writes benchmarks/solve.csv after each run."""
+    """Measure the time until a task is solved; writes results/solve.csv after each run."""
     rows = []
     tasks = [env_id for env_id in SOLVE if only in env_id]
     for seed in range(1, seeds + 1):
@@ -424,7 +424,7 @@ def solve(seeds: int, only: str):
                 result = run_child("--child", "--solve", *words)
                 rows.append({"task": env_id, "contender": contender, "seed": seed} | result)
                 print(rows[-1], flush=True)
-                write(HERE / "solve.csv", rows, keep=lambda row: row["task"] not in tasks)
+                write(RESULTS / "solve.csv", rows, keep=lambda row: row["task"] not in tasks)
 
 
 def write(path: Path, rows: list, keep=lambda row: False):

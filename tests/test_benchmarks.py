@@ -188,7 +188,7 @@ def test_agent_gets_the_discounted_return_of_each_state(life):
 
 
 def test_ratio_is_against_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "HERE", tmp_path)
+    monkeypatch.setattr(plot, "RESULTS", tmp_path)
     rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 150), ("sb3", 2, 1, 100), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
     rows = ["task,contender,threads,round,steps_per_second", *(f"t,{c},{n},{r},{s}" for c, n, r, s in rates)]
     (tmp_path / "speed.csv").write_text("\n".join(rows))
@@ -207,7 +207,7 @@ def test_all_pictures_are_drawn(tmp_path, monkeypatch):
         for x, n in rates
         for c in ("ours", "ceiling")
     ]
-    plot.draw_scaling(rates, scores.read(speed.HERE / "memory.csv"))
+    plot.draw_scaling(rates, scores.read(speed.RESULTS / "memory.csv"))
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
     assert drawn.keys() == {"curves.png", "speed.png", "scaling.png"} and min(drawn.values()) > 10_000
 
@@ -232,10 +232,10 @@ def test_readme_has_every_score(row):
     assert any(text in section for text in shown), shown
 
 
-@pytest.mark.parametrize("task", {row["task"]: None for row in scores.read(speed.HERE / "speed.csv")})
+@pytest.mark.parametrize("task", {row["task"]: None for row in scores.read(speed.RESULTS / "speed.csv")})
 def test_readme_has_every_speed(task):
     rates, memory, rival, ratio = {}, {}, "–", "–"
-    for row in scores.read(speed.HERE / "speed.csv"):
+    for row in scores.read(speed.RESULTS / "speed.csv"):
         if row["task"] == task:
             best = rates.setdefault(row["contender"], {})
             best[row["round"]] = max(best.get(row["round"], 0), int(row["steps_per_second"]))
@@ -252,7 +252,7 @@ def test_readme_has_every_speed(task):
 
 def test_readme_has_the_speeds_in_float32():
     rates = {}
-    for row in scores.read(speed.HERE / "speed.csv"):
+    for row in scores.read(speed.RESULTS / "speed.csv"):
         rates.setdefault((row["task"], row["contender"]), []).append(int(row["steps_per_second"]))
     for task, contender in rates:
         if contender == "ours, float32":
@@ -262,7 +262,7 @@ def test_readme_has_the_speeds_in_float32():
 
 def test_readme_has_every_time_to_solve():
     section = README.partition("Time until the mean of two")[2].partition("```")[0]
-    rows = scores.read(speed.HERE / "solve.csv")
+    rows = scores.read(speed.RESULTS / "solve.csv")
     assert len(rows) >= 10
     for row in rows:
         assert f" {float(row['seconds']):.0f} s" in section, row
