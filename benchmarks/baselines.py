@@ -1,6 +1,6 @@
-"""The lesson on variance: REINFORCE on CartPole-v1 with each baseline and five seeds, drawn into docs/baselines.png.
+"""The lesson on variance: REINFORCE on CartPole-v1 with each baseline and five seeds.
 
-python benchmarks/baselines.py              # trains what is not in benchmarks/results/baselines.csv, then draws
+python benchmarks/baselines.py              # trains what is not in benchmarks/results/baselines.csv, plot.py draws it
 """
 
 import csv
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from speed import RESULTS, ROOT
 
-BASELINES = {"none": "#b5541c", "mean": "#3f8f5b", "learned": "#1f4e79"}
+BASELINES = ["none", "mean", "learned"]
 SEEDS = range(1, 6)
 FLAGS = "--num-envs 4 --total-timesteps 300_000 --learning-rate 1e-2 --no-anneal-lr --no-normalize-observations"
 FLAGS += " --num-checkpoints 1 --eval-episodes 10"
@@ -40,27 +40,8 @@ def train(baseline: str, seed: int) -> list:
     return [(baseline, seed, int(s), round(r, 2), round(v**0.5, 3)) for s, r, v in zip(GRID, *means)]
 
 
-def draw(rows: list, path: Path):
-    """Draw the return and the noise: the mean over the seeds, and the range from the worst to the best of them."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(10, 4), layout="constrained")).subplots(1, 2)
-    for baseline, color in BASELINES.items():
-        for axis, column in zip(axes, (3, 4)):
-            runs = [[float(r[column]) for r in rows if r[0] == baseline and int(r[1]) == seed] for seed in SEEDS]
-            axis.plot(GRID / 1000, np.nanmean(runs, axis=0), color=color, label=baseline)
-            axis.fill_between(GRID / 1000, np.nanmin(runs, axis=0), np.nanmax(runs, axis=0), color=color, alpha=0.15)
-    axes[0].set(ylabel="return of the training episodes", ylim=(0, 510))
-    axes[1].set(ylabel="root mean square of return-to-go minus baseline", ylim=(0, None))
-    for axis in axes:
-        axis.set(xlabel="thousand environment steps", xlim=(0, 300))
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, title="--baseline")
-    figure.savefig(path, dpi=120)
-
-
 def main():
-    """Train two agents at a time, write the CSV file after each, and draw it."""
+    """Train two agents at a time, write the CSV file after each."""
     rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
     done = {(row[0], int(row[1])) for row in rows}
     todo = [(baseline, seed) for seed in SEEDS for baseline in BASELINES if (baseline, seed) not in done]
@@ -70,7 +51,6 @@ def main():
             with PATH.open("w", newline="") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerows([("baseline", "seed", "step", "return", "scatter"), *rows])
-    draw(rows, ROOT / "docs" / "baselines.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Does bfloat16 change what is learned? PPO on Breakout with and without it, drawn into docs/bfloat16.png.
+"""Does bfloat16 change what is learned? PPO on Breakout with and without it.
 
-python benchmarks/bfloat16.py               # trains what is not in benchmarks/results/bfloat16.csv, then draws
+python benchmarks/bfloat16.py               # trains what is not in benchmarks/results/bfloat16.csv, plot.py draws it
 """
 
 import csv
@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from speed import RESULTS, ROOT
 
-FORMATS = {"bfloat16": "#1f4e79", "float32": "#b5541c"}
+FORMATS = ["bfloat16", "float32"]
 SEEDS = (1, 2)
 STEPS = 300_000
 GRID = np.linspace(0, STEPS, 16)[1:]  # ends of the intervals of steps over which the curves are averaged
@@ -33,24 +33,8 @@ def train(name: str, seed: int) -> list:
     return [(name, seed, int(step), round(episodes[interval == i, 1].mean(), 3)) for i, step in enumerate(GRID)]
 
 
-def draw(rows: list, path: Path):
-    """Draw one line for each run."""
-    from matplotlib.figure import Figure
-
-    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    for name, color in FORMATS.items():
-        for seed in SEEDS:
-            curve = [float(row[3]) for row in rows if row[0] == name and int(row[1]) == seed]
-            if curve:
-                axis.plot(GRID / 1000, curve, color=color, label=name if seed == SEEDS[0] else None)
-    axis.set(xlabel="thousand environment steps", ylabel="score of the training games", ylim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def main():
-    """Train two agents at a time, write the CSV file after each, and draw it."""
+    """Train two agents at a time, write the CSV file after each."""
     rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
     done = {(row[0], int(row[1])) for row in rows}
     todo = [(name, seed) for seed in SEEDS for name in FORMATS if (name, seed) not in done]
@@ -59,7 +43,6 @@ def main():
             rows += new
             with PATH.open("w", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([("format", "seed", "step", "return"), *rows])
-    draw(rows, ROOT / "docs" / "bfloat16.png")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The lesson of Double DQN: the value that an agent expects, and the return that it gets [DDQN, Fig. 3].
 
 Trains DQN and Double DQN on Space Invaders. At every checkpoint each agent plays for a while. The mean of max Q(s, a)
-over the states it meets, and the mean discounted return that follows them, are drawn into docs/overestimation.png. The
-runs are those of scores.py; one that was stopped continues from its last checkpoint.
+over the states it meets, and the mean discounted return that follows them, go to results/overestimation.csv. The runs
+are those of scores.py; one that was stopped continues from its last checkpoint.
 
     python benchmarks/overestimation.py                  # one after the other
     python benchmarks/overestimation.py dqn_atari        # only this one; a second terminal can train the other
@@ -18,9 +18,9 @@ import sys
 
 import numpy as np
 import torch
-from scores import RESULTS, ROOT, TABLE, read, run_folder, train
+from scores import RESULTS, TABLE, read, run_folder, train
 
-NAMES = {"dqn_atari": ("DQN", "#b5541c"), "ddqn_atari": ("Double DQN", "#1f4e79")}
+SCRIPTS = ["dqn_atari", "ddqn_atari"]
 NUM_ENVS = 10
 NUM_STEPS = 1500
 HORIZON = 500  # later rewards are ignored, because their weight is less than a hundredth: gamma^500
@@ -64,26 +64,8 @@ def child(script: str, argv: list):
     module.train(module.parse_args(argv))
 
 
-def draw(rows: list):
-    """Draw what each agent expects as a line, and what it gets as a dashed one."""
-    from matplotlib.figure import Figure
-
-    axis = (figure := Figure(figsize=(6, 4), layout="constrained")).subplots()
-    for script, (name, color) in NAMES.items():
-        curve = np.array(
-            [[float(row[x]) for x in ("step", "expected", "return")] for row in rows if row["script"] == script]
-        )
-        if len(curve):
-            axis.plot(curve[:, 0] / 1000, curve[:, 1], color=color, label=f"{name} expects")
-            axis.plot(curve[:, 0] / 1000, curve[:, 2], color=color, linestyle="--", label=f"{name} gets")
-    axis.set(xlabel="thousand steps on Space Invaders, one seed", ylabel="discounted return of a life", xlim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
-    figure.savefig(ROOT / "docs" / "overestimation.png", dpi=120)
-
-
 def main(wanted: list):
-    """Train what is not in the CSV file, write the file, and draw it."""
+    """Train what is not in the CSV file, and write the file."""
     for script in wanted:
         (flags,) = (flags for name, flags, _ in TABLE if name == script and "SpaceInvaders" in flags)
         if not any(row["script"] == script for row in read(PATH)):
@@ -100,11 +82,10 @@ def main(wanted: list):
                 writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                 writer.writeheader()
                 writer.writerows([*kept, *rows])
-    draw(read(PATH))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], sys.argv[3:])
     else:
-        main(sys.argv[1:] or list(NAMES))
+        main(sys.argv[1:] or SCRIPTS)

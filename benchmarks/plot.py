@@ -1,153 +1,201 @@
-"""Draws the measurements into docs/: curves.png, the evaluations of each task over its steps; speed.png, the speed
-compared with Stable-Baselines3; scaling.png, speed over the number of environments and memory over the replay's size.
+"""Draws the measurements in results/ as pictures for docs/, each for a light and a dark page.
 
-    python benchmarks/plot.py
+python benchmarks/plot.py                    # all pictures
+python benchmarks/plot.py speed curves-ppo   # these
 """
 
+import sys
 from statistics import median
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from scores import CURVES, GPU_TABLE, RESULTS, ROOT, SCORES, TABLE, key, read
+from tables import PEERS, reference, speeds, task_name
 
-# script, a part of its flags, the score to compare with, and its source; the first row that fits is used
-REFERENCES = [
-    ("q_learning", "is_slippery", 1, "optimum"),
-    ("q_learning", "FrozenLake8x8", 0.913, "optimum"),
-    ("q_learning", "Taxi", 7.56, "optimum"),
-    ("q_learning", "CliffWalking", -13, "optimum"),
-    ("q_learning", "", 0.744, "optimum"),
-    ("reinforce", "Flappy", None, None),
-    ("reinforce", "", 350, "asked for by the Deep RL Course"),
-    ("a2c_continuous", "LunarLander", 84, "RL Zoo, 5 M steps"),
-    ("a2c_continuous", "Panda", -0.24, "best card on the Hub"),
-    ("a2c_continuous", "Pendulum", -163, "RL Zoo, 1 M steps"),
-    ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo, v3"),
-    ("a2c_continuous", "", 300, "RL Zoo, 5 M steps"),
-    ("ppo", "CartPole", 500, "RL Zoo, 100 k steps"),
-    ("ppo", "Acrobot", -73.5, "RL Zoo, 1 M steps"),
-    ("ppo", "Continuous", 271, "RL Zoo, 1 M steps"),
-    ("ppo", "Pendulum", -172, "RL Zoo, 100 k steps"),
-    ("ppo", "", 242, "RL Zoo, 1 M steps"),
-    ("ppo_atari", "Pong", 21.0, "RL Zoo, 10 M steps"),
-    ("ppo_atari", "Breakout", 415, "CleanRL, 10 M steps"),
-    ("ppo_atari", "SpaceInvaders", 1162, "CleanRL, 10 M steps"),
-    ("ppo_atari", "BeamRider", 3397, "RL Zoo, 10 M steps"),
-    ("ppo_atari", "Qbert", 16431, "CleanRL, 10 M steps"),
-    ("ppo_atari", "Seaquest", 1784, "RL Zoo, 10 M steps"),
-    ("dqn_atari", "Pong", 20.6, "RL Zoo, 10 M steps"),
-    ("dqn_atari", "Breakout", 367, "CleanRL, 10 M steps"),
-    ("dqn_atari", "SpaceInvaders", 1442, "CleanRL, 10 M steps"),
-    ("dqn_atari", "BeamRider", 6673, "CleanRL, 10 M steps"),
-    ("dqn_atari", "Qbert", 9497, "RL Zoo, 10 M steps"),
-    ("dqn_atari", "Seaquest", 2000, "RL Zoo, 10 M steps"),
-    ("ddqn_atari", "", None, None),
-]
-COLOR, REFERENCE_COLOR = "#1f4e79", "#b5541c"
+# Colours that GitHub uses on white and on black: blue is this project, orange what it is compared with.
+COLORS = {
+    "light": ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#8c959f"),
+    "dark": ("#4493f8", "#f0883e", "#3fb950", "#ab7df8", "#6e7681"),
+}
+INK = {"light": "#424a53", "dark": "#b7bdc8"}
+OURS, OTHER, THIRD, FOURTH, GREY = (f"C{i}" for i in range(5))
 
 
-def panels() -> dict:
-    """The curves (steps, 2) of each (script, flags, environment) that has some, in the order of the tables."""
+def theme(name: str) -> dict:
+    """The settings of matplotlib for a light or a dark page; the page itself is the background."""
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    return {
+        **dict.fromkeys(inked, INK[name]),
+        "axes.prop_cycle": matplotlib.cycler(color=COLORS[name]),
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlesize": 11,
+        "axes.titleweight": "bold",
+        "legend.frameon": False,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": "solorl",  # the same measurements give the same file
+    }
+
+
+def panels(script: str) -> dict:
+    """The curves, each (points, 2), of each task of a script that has some; by flags and environment."""
     env_ids = {key(row): row["env_id"] for row in read(SCORES)}
-    runs = {}
-    found = {}
+    runs, found = {}, {}
     for row in read(CURVES):
         runs.setdefault(key(row), []).append((int(row["step"]), float(row["return"])))
-    for script, flags, seeds in (*TABLE, *GPU_TABLE):
+    for name, flags, seeds in (*TABLE, *GPU_TABLE):
         for task in ((script, flags, str(seed)) for seed in range(1, seeds + 1)):
-            if task in runs:
-                found.setdefault((script, flags, env_ids[task]), []).append(np.array(runs[task]))
+            if name == script and task in runs:
+                found.setdefault((flags, env_ids[task]), []).append(np.array(runs[task]))
     return found
 
 
-def name_of(env_id: str) -> str:
-    """The environment's name for a title, without its package and without the suffix of Atari games."""
-    return env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
-
-
-def draw_curves(found: dict):
-    """Draw a panel for each task: the mean over the seeds, and the range from the worst to the best of them."""
+def draw_curves(script: str) -> Figure:
+    """A panel for each task: the evaluations of each seed as a thin line, their mean as a thick one."""
+    found = panels(script)
     columns = min(3, len(found))
     lines = -(-len(found) // columns)
-    figure = Figure(figsize=(4 * columns, 3 * lines), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 2.9 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.remove()
-    for axis, ((script, flags, env_id), curves) in zip(axes.flat, found.items()):
+    for axis, ((flags, env_id), curves) in zip(axes.flat, found.items()):
         steps = curves[0][:, 0]  # nearly the same with other seeds
+        unit, name = (1e6, "million") if steps[-1] >= 1e6 else (1e3, "thousand")
+        if len(curves) > 1:
+            for curve in curves:
+                axis.plot(curve[:, 0] / unit, curve[:, 1], color=OURS, linewidth=0.8, alpha=0.5)
         returns = np.array([np.interp(steps, *curve.T) for curve in curves])
-        unit, name = (1e6, "M") if steps[-1] >= 1e6 else (1e3, "thousand")
-        axis.plot(steps / unit, returns.mean(0), color=COLOR)
-        axis.fill_between(steps / unit, returns.min(0), returns.max(0), color=COLOR, alpha=0.15)
-        value, whose = next(row[2:] for row in REFERENCES if row[0] == script and row[1] in flags)
+        seeds = f"mean of {len(curves)} seeds" if len(curves) > 1 else "1 seed"
+        axis.plot(steps / unit, returns.mean(0), color=OURS, linewidth=2.4, label=seeds)
+        value, text = reference(script, flags)
         if value is not None:
-            axis.axhline(value, color=REFERENCE_COLOR, linestyle="--", linewidth=1, label=f"{value}, {whose}")
-            axis.legend(frameon=False, loc="best")
-        seeds = f"{len(curves)} seeds" if len(curves) > 1 else "1 seed"
-        axis.set(title=f"{script}.py, {name_of(env_id)}", xlabel=f"{name} steps, {seeds}", xlim=(0, None))
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "docs" / "curves.png", dpi=100)
+            axis.axhline(value, color=OTHER, linestyle="--", linewidth=1.2, label=text)
+        axis.legend(loc="best", fontsize=8.5)
+        axis.set(title=task_name(env_id), xlabel=f"{name} steps", ylabel="return", xlim=(0, None))
+    return figure
 
 
-def ratios() -> dict:
-    """For each task, our speed divided by that of Stable-Baselines3, one ratio for each round."""
-    rates = {}
-    found = {}
-    for row in read(RESULTS / "speed.csv"):
-        best = rates.setdefault((row["task"], row["round"]), {})
-        best[row["contender"]] = max(best.get(row["contender"], 0), int(row["steps_per_second"]))
-    for (task, _), best in rates.items():
-        if "sb3" in best:
-            found.setdefault(task, []).append(best["ours"] / best["sb3"])
-    return found
+def draw_speed() -> Figure:
+    """For each task, the steps per second of each program as a multiple of Stable-Baselines3's."""
+    tasks = {task: rates for task, rates in speeds().items() if "sb3" in rates}
+    bars = [(task, name) for task, rates in tasks.items() for name in PEERS if name in rates]
+    height = 0.27 * len(bars) + 0.3 * len(tasks) + 0.9
+    axis = (figure := Figure(figsize=(9, height), layout="constrained")).subplots()
+    position, places, drawn = 0.0, [], {}
+    for task, rates in tasks.items():
+        shown = [name for name in PEERS if name in rates]
+        places.append((position + (len(shown) - 1) / 2, task.replace(", ", "\n", 1)))
+        for name in shown:
+            ratios = [rate / rival for rate, rival in zip(rates[name], rates["sb3"])]
+            color = {"ours": OURS, "ours, float32": FOURTH, "sb3": GREY}.get(name, OTHER)
+            drawn[name] = axis.barh(position, median(ratios), height=0.85, color=color)
+            axis.text(median(ratios) + 0.03, position, f"{median(rates[name]):,.0f} steps/s", va="center", fontsize=8.5)
+            position += 1
+        position += 1.1
+    axis.set_yticks(*zip(*places), fontsize=9)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set(xlabel="times the steps per second of Stable-Baselines3", xlim=(0, axis.get_xlim()[1] + 0.35))
+    shown = [name for name in PEERS if name in drawn]
+    figure.legend([drawn[name] for name in shown], [PEERS[name] for name in shown], loc="outside upper right", ncols=4)
+    return figure
 
 
-def draw_speed(found: dict):
-    """Draw the median ratio of each task as a bar, with the range of the rounds."""
-    axis = (figure := Figure(figsize=(8, 0.6 + 0.45 * len(found)), layout="constrained")).subplots()
-    middle = {task: median(rounds) for task, rounds in sorted(found.items(), key=lambda item: median(item[1]))}
-    reach = [(middle[task] - min(found[task]), max(found[task]) - middle[task]) for task in middle]
-    axis.barh(list(middle), middle.values(), xerr=np.transpose(reach), color=COLOR, ecolor="#888888")
-    for line, ratio in enumerate(middle.values()):
-        axis.text(0.05, line, f"{ratio:.2f}", color="white", va="center")
-    axis.axvline(1, color=REFERENCE_COLOR, linestyle="--", linewidth=1)
-    axis.set(xlabel="steps per second, as a multiple of Stable-Baselines3's", xlim=(0, None))
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "docs" / "speed.png", dpi=100)
-
-
-def draw_scaling(rates: list, memory: list):
-    """Draw steps per second over the number of environments, and memory over the size of the replay."""
-    figure = Figure(figsize=(12, 3.2), layout="constrained")
+def draw_scaling() -> Figure:
+    """Steps per second over the number of environments, and memory over the size of the replay."""
+    figure = Figure(figsize=(12, 3.1), layout="constrained")
     *axes, last = figure.subplots(1, 3)
     for axis, script in zip(axes, ("ppo", "ppo_atari")):
-        for contender, label, style in (("ours", "training", "-"), ("ceiling", "random actions", "--")):
+        for contender, label, style, color in (("ours", "training", "-", OURS), ("ceiling", "random play", "--", GREY)):
             rounds = {}
-            for row in rates:
+            for row in read(RESULTS / "scaling.csv"):
                 if (row["script"], row["contender"]) == (script, contender):
                     rounds.setdefault(int(row["num_envs"]), []).append(int(row["steps_per_second"]))
-            color = COLOR if contender == "ours" else REFERENCE_COLOR
             axis.loglog(list(rounds), [median(x) for x in rounds.values()], style, color=color, marker="o", label=label)
-            axis.fill_between(list(rounds), *zip(*((min(x), max(x)) for x in rounds.values())), color=color, alpha=0.15)
+            axis.fill_between(list(rounds), *zip(*((min(x), max(x)) for x in rounds.values())), color=color, alpha=0.2)
         axis.set(title=f"{script}.py", xlabel="environments", ylabel="steps per second")
         axis.set_xticks(list(rounds), map(str, rounds), minor=False)
-        axis.legend(frameon=False)
+        axis.legend()
+    memory = read(RESULTS / "memory.csv")
     sizes = [int(row["buffer_size"]) / 1e6 for row in memory]
-    last.plot(sizes, [int(row["peak_memory_mib"]) * 1024**2 / 1e9 for row in memory], color=COLOR, marker="o")
+    last.plot(sizes, [int(row["peak_memory_mib"]) * 1024**2 / 1e9 for row in memory], color=OURS, marker="o")
     last.set(title="dqn_atari.py", xlabel="million steps in the replay", ylabel="peak memory, GB")
     last.set(xlim=(0, None), ylim=(0, None))
-    for axis in (*axes, last):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(ROOT / "docs" / "scaling.png", dpi=100)
+    return figure
 
 
-def main():
-    """Draw all of it."""
-    draw_curves(panels())
-    draw_speed(ratios())
-    if rates := read(RESULTS / "scaling.csv"):
-        draw_scaling(rates, read(RESULTS / "memory.csv"))
+def draw_baselines() -> Figure:
+    """REINFORCE with each baseline: the return, and how far the return is from the baseline."""
+    axes = (figure := Figure(figsize=(10, 3.8), layout="constrained")).subplots(1, 2)
+    for baseline, color in (("none", OTHER), ("mean", THIRD), ("learned", OURS)):
+        rows = [row for row in read(RESULTS / "baselines.csv") if row["baseline"] == baseline]
+        seeds = list(dict.fromkeys(row["seed"] for row in rows))
+        steps = np.array([int(row["step"]) for row in rows if row["seed"] == seeds[0]]) / 1000
+        for axis, column in zip(axes, ("return", "scatter")):
+            runs = [[float(row[column]) for row in rows if row["seed"] == seed] for seed in seeds]
+            for run in runs:
+                axis.plot(steps, run, color=color, linewidth=0.7, alpha=0.35)
+            axis.plot(steps, np.nanmean(runs, axis=0), color=color, linewidth=2.4, label=baseline)
+    axes[0].set(title="What is learned", ylabel="return of the training episodes", ylim=(0, 510))
+    axes[1].set(title="The noise that is left", ylabel="RMS of return-to-go minus baseline", ylim=(0, None))
+    for axis in axes:
+        axis.set(xlabel="thousand steps", xlim=(0, None))
+    axes[0].legend(title="--baseline")
+    return figure
+
+
+def draw_overestimation() -> Figure:
+    """What DQN and Double DQN expect as solid lines, what they get as dashed ones."""
+    axis = (figure := Figure(figsize=(7, 3.8), layout="constrained")).subplots()
+    for script, name, color in (("dqn_atari", "DQN", OTHER), ("ddqn_atari", "Double DQN", OURS)):
+        rows = [row for row in read(RESULTS / "overestimation.csv") if row["script"] == script]
+        steps = [int(row["step"]) / 1000 for row in rows]
+        for column, style, verb in (("expected", "-", "expects"), ("return", "--", "gets")):
+            values = [float(row[column]) for row in rows]
+            axis.plot(steps, values, style, color=color, linewidth=2, label=f"{name} {verb}")
+    axis.set(xlabel="thousand steps on Space Invaders, one seed", ylabel="discounted return of a life", xlim=(0, None))
+    axis.legend()
+    return figure
+
+
+def draw_bfloat16() -> Figure:
+    """PPO on Breakout in both formats, a line for each seed."""
+    axis = (figure := Figure(figsize=(7, 3.8), layout="constrained")).subplots()
+    for name, color in (("bfloat16", OURS), ("float32", OTHER)):
+        rows = [row for row in read(RESULTS / "bfloat16.csv") if row["format"] == name]
+        seeds = list(dict.fromkeys(row["seed"] for row in rows))
+        for seed in seeds:
+            curve = [(int(row["step"]) / 1000, float(row["return"])) for row in rows if row["seed"] == seed]
+            axis.plot(*zip(*curve), color=color, linewidth=1.8, label=name if seed == seeds[0] else None)
+    axis.set(xlabel="thousand steps on Breakout", ylabel="score of the training games", xlim=(0, None), ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+def pictures() -> dict:
+    """The function that draws each picture, by the picture's name."""
+    scripts = dict.fromkeys(row["script"] for row in read(CURVES))
+    drawn = {f"curves-{script}": lambda script=script: draw_curves(script) for script in scripts}
+    return drawn | {
+        "speed": draw_speed,
+        "scaling": draw_scaling,
+        "baselines": draw_baselines,
+        "overestimation": draw_overestimation,
+        "bfloat16": draw_bfloat16,
+    }
+
+
+def main(wanted: list):
+    """Draw the pictures with these names, or all."""
+    for name, draw in pictures().items():
+        if not wanted or name in wanted:
+            for page in COLORS:
+                with matplotlib.rc_context(theme(page)):
+                    path = ROOT / "docs" / f"{name}-{page}.svg"
+                    draw().savefig(path, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,10 +1,11 @@
-"""Tests of benchmarks/: the runs of the scores, the pictures, and that the README has the numbers of the CSV files."""
+"""Tests of benchmarks/: the runs of the scores, the pictures, and that the pages have the numbers of the CSV files."""
 
 import importlib
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
-from statistics import median
 from subprocess import CalledProcessError
 from types import SimpleNamespace
 
@@ -19,11 +20,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import overestimation  # noqa: E402
 import plot  # noqa: E402
 import scores  # noqa: E402
-import speed  # noqa: E402
+import tables  # noqa: E402
 
 import push_to_hub  # noqa: E402
 
-README = (ROOT / "README.md").read_text().replace("−", "-")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = "--env-id gymnasium:FrozenLake-v1 --total-timesteps 32_000 --num-checkpoints 4 --eval-episodes 50"
 TASK = ("q_learning", FLAGS, "1")
 KILLED_AT_16000 = """
@@ -188,81 +189,75 @@ def test_agent_gets_the_discounted_return_of_each_state(life):
 
 
 def test_ratio_is_against_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    task = list(tables.TASKS)[0]
     rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 150), ("sb3", 2, 1, 100), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
-    rows = ["task,contender,threads,round,steps_per_second", *(f"t,{c},{n},{r},{s}" for c, n, r, s in rates)]
+    rows = ["task,contender,threads,round,steps_per_second", *(f'"{task}",{c},{n},{r},{s}' for c, n, r, s in rates)]
     (tmp_path / "speed.csv").write_text("\n".join(rows))
-    assert plot.ratios() == {"t": [2.0, 1.5]}
+    assert tables.speeds() == {task: {"ours": [300, 300], "sb3": [150, 200]}}
+    assert tables.ratio(tables.speeds()[task], "ours").replace(tables.NBSP, " ") == "1.75 [1.50–2.00]"
 
 
-def test_all_pictures_are_drawn(tmp_path, monkeypatch):
+def test_pictures_are_drawn_for_light_and_dark_pages_and_shown(tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(plot, "ROOT", tmp_path)
-    monkeypatch.setattr(plot, "TABLE", plot.TABLE[:4])
-    monkeypatch.setattr(plot, "GPU_TABLE", [])
-    plot.main()
-    rates = [("ppo", 1), ("ppo", 128), ("ppo_atari", 1), ("ppo_atari", 128)]
-    rates = [
-        {"script": x, "num_envs": n, "contender": c, "steps_per_second": 9}
-        for x, n in rates
-        for c in ("ours", "ceiling")
-    ]
-    plot.draw_scaling(rates, scores.read(speed.RESULTS / "memory.csv"))
+    plot.main([])
     drawn = {path.name: path.stat().st_size for path in (tmp_path / "docs").iterdir()}
-    assert drawn.keys() == {"curves.png", "speed.png", "scaling.png"} and min(drawn.values()) > 10_000
+    assert {f"{name}-{page}.svg" for name in plot.pictures() for page in ("light", "dark")} == drawn.keys()
+    assert min(drawn.values()) > 10_000
+    shown = {name for page in PAGES for name in re.findall(r"[\w-]+\.svg", page.read_text(encoding="utf-8"))}
+    assert shown == drawn.keys() == {path.name for path in (ROOT / "docs").glob("*.svg")}
 
 
 def test_every_task_has_a_row_of_references():
     """The row may say that there is no reference."""
     for script, flags, _ in (*scores.TABLE, *scores.GPU_TABLE):
-        assert any(row[0] == script and row[1] in flags for row in plot.REFERENCES), (script, flags)
+        assert tables.reference(script, flags)
 
 
-@pytest.mark.parametrize(
-    "row", scores.read(scores.SCORES), ids=lambda row: f"{row['script']} {row['env_id']} {row['seed']}"
-)
-def test_readme_has_every_score(row):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_have_the_numbers_that_were_measured(page):
+    """If this fails: python benchmarks/tables.py."""
+    text = page.read_text(encoding="utf-8")
+    assert tables.filled(text) == text
+
+
+def test_every_table_is_on_a_page():
+    names = re.findall("<!-- table: (.+?) -->", "".join(page.read_text(encoding="utf-8") for page in PAGES))
+    assert sorted(names) == sorted(tables.tables())
+
+
+def test_table_is_filled_again_without_touching_its_surroundings(monkeypatch):
+    monkeypatch.setattr(tables, "tables", lambda: {"a": "| 1 |", "b": "| 2 |"})
+    page = "# x\n<!-- table: a -->\n\n| 0 |\n\n<!-- end -->\ntext\n<!-- table: b -->\n<!-- end -->\n"
+    filled = "# x\n<!-- table: a -->\n\n| 1 |\n\n<!-- end -->\ntext\n<!-- table: b -->\n\n| 2 |\n\n<!-- end -->\n"
+    assert tables.filled(page) == tables.filled(filled) == filled
+
+
+def test_scores_table_has_every_seed_of_every_task(monkeypatch, tmp_path):
+    monkeypatch.setattr(tables, "SCORES", tmp_path / "scores.csv")
+    (tmp_path / "scores.csv").write_text(
+        "script,env_id,seed,steps,mean,std,seconds,flags,note\n"
+        "ppo,LunarLander-v3,1,700000,250.04,30.0,99,,\n"
+        "ppo,LunarLander-v3,2,700000,-7.125,1.0,301,,stopped\n"
+    )
+    text = tables.scores_table("ppo").replace(tables.NBSP, " ")
+    assert "| LunarLander-v3 | 700 k | 1: 250.0 ± 30.0<br>2: -7.12 ± 1.00 | 220.0<br>-8.12 | " in text
+    assert "the course asks for mean - std 200; RL Zoo 242 ± 32, 1 M steps | 99 to 301 s |" in text
+    assert text.endswith("\n\n- LunarLander-v3, seed 2: stopped.")
+
+
+def test_printed_commands_are_those_that_were_measured():
+    for name, text in tables.tables().items():
+        if name.startswith("commands"):
+            lines = text.removeprefix("```bash\n").removesuffix("\n```").replace("\\\n", "").splitlines()
+            printed = [shlex.split(line)[1:] for line in lines]
+            wanted = [[f"{row[0]}.py", *shlex.split(row[1])] for row in scores.TABLE]
+            assert printed == [words for words in wanted if words[0] in {words[0] for words in printed}]
+
+
+def test_readme_shows_what_the_first_command_printed():
+    (row,) = (row for row in scores.read(scores.SCORES) if scores.key(row) == ("ppo", "", "1"))
     mean, std = float(row["mean"]), float(row["std"])
-    shown = {f"{mean:.{d}f} ± {std:.{d}f}" for d in (0, 1, 2)} | {f"{mean:.3f}"}
-    if row["note"].endswith("pipes"):
-        mean, _, std, _ = row["note"].split()
-        shown = {f"{float(mean):.1f} ± {float(std):.1f}"}
-    section = README.partition(f"### {row['script']}.py")[2] or README.partition("### ppo_atari.py")[2]
-    section = section.partition("\n## ")[0].partition("\n### ")[0]
-    assert any(text in section for text in shown), shown
-
-
-@pytest.mark.parametrize("task", {row["task"]: None for row in scores.read(speed.RESULTS / "speed.csv")})
-def test_readme_has_every_speed(task):
-    rates, memory, rival, ratio = {}, {}, "–", "–"
-    for row in scores.read(speed.RESULTS / "speed.csv"):
-        if row["task"] == task:
-            best = rates.setdefault(row["contender"], {})
-            best[row["round"]] = max(best.get(row["round"], 0), int(row["steps_per_second"]))
-            memory.setdefault(row["contender"], []).append(int(row["peak_memory_mib"]))
-    ours, ceiling = (list(rates[contender].values()) for contender in ("ours", "ceiling"))
-    share, peak = median(a / b for a, b in zip(ours, ceiling)), f"{median(memory['ours']):.0f}"
-    if "sb3" in rates:
-        found, rival = plot.ratios()[task], speed.summary(list(rates["sb3"].values()))
-        ratio = f"{median(found):.2f} [{min(found):.2f} to {max(found):.2f}]"
-        peak += f" and {median(memory['sb3']):.0f}"
-    row = f"| {speed.summary(ours)} | {rival} | {ratio} | {median(ceiling):,.0f} | {share:.0%} | {peak} |"
-    assert row.replace("%", " %") in README, row
-
-
-def test_readme_has_the_speeds_in_float32():
-    rates = {}
-    for row in scores.read(speed.RESULTS / "speed.csv"):
-        rates.setdefault((row["task"], row["contender"]), []).append(int(row["steps_per_second"]))
-    for task, contender in rates:
-        if contender == "ours, float32":
-            ratios = [a / b for a, b in zip(rates[task, contender], rates[task, "sb3"])]
-            assert f"{median(ratios):.2f} [{min(ratios):.2f} to {max(ratios):.2f}]" in README, task
-
-
-def test_readme_has_every_time_to_solve():
-    section = README.partition("Time until the mean of two")[2].partition("```")[0]
-    rows = scores.read(speed.RESULTS / "solve.csv")
-    assert len(rows) >= 10
-    for row in rows:
-        assert f" {float(row['seconds']):.0f} s" in section, row
+    line = f"LunarLander-v3: {mean:.2f} +/- {std:.2f} over 100 episodes, mean - std {mean - std:.2f}"
+    assert line in PAGES[0].read_text(encoding="utf-8")

@@ -1,0 +1,276 @@
+"""Writes the measurements in results/ into the tables of README.md and docs/.
+
+Each table stands between two comments, <!-- table: NAME --> and <!-- end -->, where NAME is one of `tables()`.
+
+    python benchmarks/tables.py
+"""
+
+import re
+from statistics import median
+
+from scores import RESULTS, ROOT, SCORES, TABLE, push_to_hub, read
+from speed import SOLVE, TASKS
+
+# script, a part of its flags, the score to compare with, how to name it; the first row that fits is used
+REFERENCES = [
+    ("q_learning", "is_slippery", 1, "optimum 1"),
+    ("q_learning", "FrozenLake8x8", 0.913, "optimum 0.913"),
+    ("q_learning", "Taxi", 7.56, "optimum 7.56 ± 2.71"),
+    ("q_learning", "CliffWalking", -13, "optimum -13"),
+    ("q_learning", "", 0.744, "optimum 0.744"),
+    ("reinforce", "Flappy", None, "–"),
+    ("reinforce", "", 500, "best cards on the Hub, 500 ± 0"),
+    ("a2c_continuous", "LunarLander", 84, "RL Zoo 84 ± 146, 5 M steps"),
+    ("a2c_continuous", "Panda", -0.24, "best card on the Hub, -0.24 ± 0.14"),
+    ("a2c_continuous", "Pendulum", -163, "RL Zoo -163 ± 103, 1 M steps"),
+    ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo 3041, v3, 1 M steps"),
+    ("a2c_continuous", "", 300, "RL Zoo 300 ± 23, 5 M steps"),
+    ("ppo", "CartPole", 500, "RL Zoo 500 ± 0, 100 k steps"),
+    ("ppo", "Acrobot", -73.5, "RL Zoo -73.5 ± 18.2, 1 M steps"),
+    ("ppo", "Continuous", 271, "RL Zoo 271 ± 32, 1 M steps"),
+    ("ppo", "Pendulum", -172, "RL Zoo -172 ± 104, 100 k steps"),
+    ("ppo", "", 242, "RL Zoo 242 ± 32, 1 M steps"),
+    ("ppo_atari", "Pong", 21.0, "RL Zoo 21.0, 10 M steps"),
+    ("ppo_atari", "Breakout", 415, "CleanRL 415, 10 M steps"),
+    ("ppo_atari", "SpaceInvaders", 1162, "CleanRL 1162, 10 M steps"),
+    ("ppo_atari", "BeamRider", 3397, "RL Zoo 3397, 10 M steps"),
+    ("ppo_atari", "Qbert", 16431, "CleanRL 16431, 10 M steps"),
+    ("ppo_atari", "Seaquest", 1784, "RL Zoo 1784, 10 M steps"),
+    ("dqn_atari", "Pong", 20.6, "RL Zoo 20.6, 10 M steps"),
+    ("dqn_atari", "Breakout", 367, "CleanRL 367, 10 M steps"),
+    ("dqn_atari", "SpaceInvaders", 1442, "CleanRL 1442, 10 M steps"),
+    ("dqn_atari", "BeamRider", 6673, "CleanRL 6673, 10 M steps"),
+    ("dqn_atari", "Qbert", 9497, "RL Zoo 9497, 10 M steps"),
+    ("dqn_atari", "Seaquest", 2000, "RL Zoo 2000, 10 M steps"),
+    ("ddqn_atari", "", None, "–"),
+]
+# script, what it is, a part of the flags of the task that README.md shows
+OVERVIEW = [
+    ("q_learning", "Q-learning", "--eval-episodes 10_000"),
+    ("reinforce", "REINFORCE", ""),
+    ("a2c_continuous", "A2C (continuous)", ""),
+    ("ppo", "PPO", ""),
+    ("ppo_atari", "PPO from pixels", "Pong"),
+    ("ppo_atari_multigpu", "PPO, several GPUs", None),
+    ("dqn_atari", "DQN from pixels", "Pong"),
+    ("ddqn_atari", "Double DQN", "SpaceInvaders"),
+]
+# contender in speed.csv: its name; in this order
+PEERS = {"ours": "this project", "ours, float32": "this project in float32", "sb3": "Stable-Baselines3"}
+NBSP = "\N{NO-BREAK SPACE}"
+
+
+def reference(script: str, flags: str) -> tuple:
+    """The score that a task is compared with, and its name."""
+    return next(row[2:] for row in REFERENCES if row[0] == script and row[1] in flags)
+
+
+def task_name(env_id: str) -> str:
+    """The environment's name without its package and without the suffix of Atari games."""
+    return env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
+
+
+def number(value: float, digits: int | None = None) -> str:
+    """A score with as many digits as make sense at its size."""
+    if digits is None:
+        digits = next((d for limit, d in ((1, 3), (10, 2), (1000, 1)) if abs(value) < limit), 0)
+    return f"{value:.{digits}f}"
+
+
+def mean_std(row: dict) -> str:
+    """Mean and standard deviation of a row of scores.csv; of Flappy Bird the pipes."""
+    mean, std = float(row["mean"]), float(row["std"])
+    if row["note"].endswith("pipes"):
+        return row["note"].removesuffix(" pipes").replace("+/-", "±")
+    digits = len(number(mean).partition(".")[2])
+    return f"{number(mean)} ± {number(std, digits)}"
+
+
+def duration(rows: list) -> str:
+    """The shortest and the longest wall time."""
+    seconds = [int(row["seconds"]) for row in rows if row["seconds"]]
+    if not seconds:
+        return "–"
+    unit, size = ("min", 60) if min(seconds) >= 100 else ("s", 1)
+    low, high = (f"{limit(seconds) / size:.0f}" for limit in (min, max))
+    unit = f"{NBSP}{unit}"
+    return f"{low}{unit}" if low == high else f"{low}{NBSP}to{NBSP}{high}{unit}"
+
+
+def steps(row: dict) -> str:
+    """The environment steps of a run."""
+    count = int(row["steps"])
+    return f"{count / 1e6:g}{NBSP}M" if count >= 1e6 else f"{count / 1e3:g}{NBSP}k"
+
+
+def measured(script: str) -> list:
+    """The tasks of a script that have scores: flags, and the rows of scores.csv."""
+    rows = [row for row in read(SCORES) if row["script"] == script]
+    tasks = dict.fromkeys(row["flags"] for row in rows)
+    return [(flags, [row for row in rows if row["flags"] == flags]) for flags in tasks]
+
+
+def markdown(head: str, rows: list) -> str:
+    """A table with a head and rows of cells."""
+    lines = [head, re.sub(r"[^|]+", "---", head)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)])
+
+
+def overview() -> str:
+    """The table of README.md: each script with one of its tasks, the mean of each seed, and the time."""
+    rows = []
+    for script, what, part in OVERVIEW:
+        cells = ["–", "not measured", "–"]
+        if part is not None:
+            flags, runs = next(found for found in measured(script) if part in found[0])
+            means = [float(row["mean"]) for row in runs]
+            old = " \\*" if any("earlier version" in row["note"] for row in runs) else ""
+            scores = ", ".join(number(mean, 0 if abs(mean) >= 100 else None) for mean in means)
+            task = re.sub(r"-v\d+$", "", task_name(runs[0]["env_id"]))
+            cells = [f"{task}, {steps(runs[0])}", scores + old, duration(runs)]
+        rows.append([f"[{script}.py]({script}.py)", what, *cells])
+    return markdown("| file | algorithm | task, steps | score of each seed | time |", rows)
+
+
+def scores_table(*scripts: str) -> str:
+    """The table of all tasks of some scripts, with a line for each seed, and the notes."""
+    rows, notes = [], []
+    for script in scripts:
+        for flags, runs in measured(script):
+            task = task_name(runs[0]["env_id"])
+            task += ", pipes passed" if runs[0]["note"].endswith("pipes") else ""
+            task += ", not slippery" if "is_slippery" in flags else ""
+            scores = [f"{row['seed']}: {mean_std(row)}".replace(" ", NBSP) for row in runs]
+            differences, compared = ["–"], reference(script, flags)[1]
+            if (bound := push_to_hub.THRESHOLDS.get(runs[0]["env_id"])) is not None:
+                differences = [number(float(row["mean"]) - float(row["std"])) for row in runs]
+                compared = f"the course asks for mean - std {bound:g}; {compared}".removesuffix("; –")
+            cells = [task, steps(runs[0]), "<br>".join(scores), "<br>".join(differences), compared, duration(runs)]
+            rows.append([f"{script}.py", *cells] if len(scripts) > 1 else cells)
+            for row in runs:
+                if row["note"] and not row["note"].endswith("pipes"):
+                    notes.append((script if len(scripts) > 1 else "", task, row["seed"], row["note"]))
+    head = "| task | steps | seed: mean ± std | mean - std | to compare | time |"
+    table = markdown("| script " * (len(scripts) > 1) + head, rows)
+    return table + "".join(f"\n{line}" for line in ["", *grouped(notes)] if notes)
+
+
+def grouped(notes: list) -> list:
+    """A line for each note: the tasks and seeds that it is about."""
+    seeds = {}
+    for script, task, seed, note in notes:
+        seeds.setdefault((script, task, note), []).append(seed)
+    about = {}
+    for (script, task, note), found in seeds.items():
+        name = f"{script}.py, {task}" if script else task
+        about.setdefault(note, []).append(f"{name}, seed{'s' * (len(found) > 1)} {', '.join(found)}")
+    return [f"- {'; '.join(tasks)}: {note}." for note, tasks in about.items()]
+
+
+def commands(*scripts: str) -> str:
+    """The command of each task, in lines of at most 96 characters."""
+    lines = []
+    for script, flags, _ in TABLE:
+        if script in scripts:
+            line = f"python {script}.py"
+            for word in re.findall(r"--\S+(?: '[^']*'| [^-'\s]\S*| -\d\S*)?", flags):
+                if len(line) + len(word) > 93:
+                    lines.append(line + " \\")
+                    line = "   "
+                line += f" {word}"
+            lines.append(line)
+    return "\n".join(["```bash", *lines, "```"])
+
+
+def speeds(column: str = "steps_per_second") -> dict:
+    """For each task in speed.csv and each contender, one number for each round: of the faster thread count.
+
+    The tasks are in the order of speed.py.
+    """
+    found = {}
+    for row in read(RESULTS / "speed.csv"):
+        best = found.setdefault(row["task"], {}).setdefault(row["contender"], {})
+        best[row["round"]] = max(best.get(row["round"], 0), int(row[column]))
+    tasks = (task for task in TASKS if task in found)
+    return {task: {name: list(best.values()) for name, best in found[task].items()} for task in tasks}
+
+
+def ratio(rates: dict, name: str, rival: str = "sb3") -> str:
+    """Median and range of the ratios of the rounds."""
+    if name not in rates or rival not in rates:
+        return "–"
+    ratios = [a / b for a, b in zip(rates[name], rates[rival])]
+    return f"{median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}]".replace(" ", NBSP)
+
+
+def speed_table() -> str:
+    """Steps per second, median of the rounds, in the order of speed.py."""
+    rows = []
+    for task, rates in speeds().items():
+        cells = [task]
+        cells += [f"{median(rates[name]):,.0f}" if name in rates else "–" for name in PEERS]
+        share = f"{median(a / b for a, b in zip(rates['ours'], rates['ceiling'])):.0%}".replace("%", f"{NBSP}%")
+        cells += [ratio(rates, "ours"), ratio(rates, "ours, float32"), f"{median(rates['ceiling']):,.0f}", share]
+        rows.append(cells)
+    head = "| task | this project | in float32 | Stable-Baselines3 | ratio | ratio in float32 "
+    return markdown(head + "| ceiling | share |", rows)
+
+
+def memory_table() -> str:
+    """Peak memory of this project and of Stable-Baselines3."""
+    found = speeds("peak_memory_mib")
+    rows = [
+        [task, *(f"{median(found[task][name]):,.0f}" if name in found[task] else "–" for name in ("ours", "sb3"))]
+        for task in found
+    ]
+    return markdown("| task | this project, MiB | Stable-Baselines3, MiB |", rows)
+
+
+def replay_table() -> str:
+    """Peak memory over the size of the replay."""
+    rows = [
+        [f"{int(row['buffer_size']):,}", f"{int(row['peak_memory_mib']) * 1024**2 / 1e9:.1f} GB"]
+        for row in read(RESULTS / "memory.csv")
+    ]
+    return markdown("| steps in the replay | peak memory of dqn_atari.py |", rows)
+
+
+def solve_table() -> str:
+    """Seconds until a task is solved."""
+    rows = []
+    for task, (_, bound, *_) in SOLVE.items():
+        runs = [row for row in read(RESULTS / "solve.csv") if row["task"] == task]
+        cells = [
+            ", ".join(f"{float(row['seconds']):.0f} s" for row in runs if row["contender"] == name)
+            for name in ("ours", "sb3")
+        ]
+        rows.append([f"ppo {task}", f"{bound}", ", ".join(dict.fromkeys(row["seed"] for row in runs)), *cells])
+    return markdown("| task | bound | seeds | this project | Stable-Baselines3 |", rows)
+
+
+def tables() -> dict:
+    """The text of each table by its name."""
+    atari = ("ppo_atari", "dqn_atari", "ddqn_atari")
+    found = {"overview": overview(), "scores atari": scores_table(*atari), "commands atari": commands(*atari)}
+    for script in ("q_learning", "reinforce", "a2c_continuous", "ppo"):
+        found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
+    found |= {"speed": speed_table(), "memory": memory_table(), "replay": replay_table(), "solve": solve_table()}
+    minus = re.compile(rf"(?<=[ {NBSP}(:>])-(?=[\d ])")  # not that of a flag or of a row of dashes
+    return {name: text if name.startswith("commands") else minus.sub("−", text) for name, text in found.items()}
+
+
+def filled(text: str) -> str:
+    """A page with its tables as they should be."""
+    found = tables()
+    pattern = r"(<!-- table: (.+?) -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda match: f"{match[1]}\n{found[match[2]]}\n\n{match[3]}", text, flags=re.DOTALL)
+
+
+def main():
+    """Fill the tables of all pages."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        page.write_text(filled(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
