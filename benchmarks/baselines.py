@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
 from speed import RESULTS, ROOT
 
 BASELINES = ["none", "mean", "learned"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
 from speed import RESULTS, ROOT
 
 FORMATS = ["bfloat16", "float32"]

@@ -18,6 +18,7 @@ import sys
 
 import numpy as np
 import torch
+
 from scores import RESULTS, TABLE, read, run_folder, train
 
 SCRIPTS = ["dqn_atari", "ddqn_atari"]

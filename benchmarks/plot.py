@@ -10,6 +10,7 @@ from statistics import median
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+
 from scores import CURVES, GPU_TABLE, RESULTS, ROOT, SCORES, TABLE, key, read
 from tables import PEERS, reference, speeds, task_name
 

@@ -28,9 +28,10 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from speed import RESULTS, ROOT, cpu_name
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+from speed import RESULTS, ROOT, cpu_name
 
 sys.path.insert(0, str(ROOT))
 import push_to_hub  # noqa: E402

@@ -121,8 +121,8 @@ def overview() -> str:
     rows = []
     for script, what, part in OVERVIEW:
         cells = ["–", "not measured", "–"]
-        if part is not None:
-            flags, runs = next(found for found in measured(script) if part in found[0])
+        runs = next((runs for flags, runs in measured(script) if part is not None and part in flags), None)
+        if runs:
             means = [float(row["mean"]) for row in runs]
             old = " \\*" if any("earlier version" in row["note"] for row in runs) else ""
             scores = ", ".join(number(mean, 0 if abs(mean) >= 100 else None) for mean in means)

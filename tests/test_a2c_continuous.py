@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+import a2c_continuous as a2c
+import ppo
 from oracles import (
     assert_same_rows,
     brute_force_gae,
@@ -18,9 +21,6 @@ from oracles import (
     spy,
 )
 from runs import load, results, scalars
-
-import a2c_continuous as a2c
-import ppo
 
 TINY = "--num-envs 2 --num-steps 16 --total-timesteps 128 --eval-episodes 2 --log-interval 1".split()
 PENDULUM = ["--env-id", "Pendulum-v1", *TINY]

@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.spaces import Discrete
+
 from runs import ROOT, results
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import overestimation  # noqa: E402
 import plot  # noqa: E402
+import push_to_hub  # noqa: E402
 import scores  # noqa: E402
 import tables  # noqa: E402
-
-import push_to_hub  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FLAGS = "--env-id gymnasium:FrozenLake-v1 --total-timesteps 32_000 --num-checkpoints 4 --eval-episodes 50"

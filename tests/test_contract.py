@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+
 from runs import SCRIPTS, every_script, flags_of, module_of, results, run, scalars, tensors
 
 VECTOR_SCRIPTS = [name for name in SCRIPTS if not name.endswith(("_atari", "_multigpu"))]

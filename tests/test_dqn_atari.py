@@ -11,11 +11,11 @@ import psutil
 import pytest
 import torch
 from gymnasium.vector import VectorWrapper
-from oracles import no_evaluation
-from runs import load, refusal, resume, run, scalars
 
 import ddqn_atari
 import dqn_atari as dqn
+from oracles import no_evaluation
+from runs import load, refusal, resume, run, scalars
 
 both = pytest.mark.parametrize("module", [dqn, ddqn_atari])
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from runs import ROOT, SCRIPTS, every_script, files, flags_of, module_of, refusal, results, run, same_weights
 
 PIXEL_SCRIPTS = [name for name in SCRIPTS if name.endswith(("_atari", "_multigpu"))]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+
+import ppo
 from oracles import (
     assert_same_rows,
     brute_force_gae,
@@ -19,8 +21,6 @@ from oracles import (
     spy,
 )
 from runs import load, results, scalars
-
-import ppo
 
 TINY = "--num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 2 --total-timesteps 128 --eval-episodes 2"
 CARTPOLE = ["--env-id", "CartPole-v1", *TINY.split()]

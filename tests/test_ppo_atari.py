@@ -7,10 +7,10 @@ import pytest
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorWrapper
-from oracles import no_evaluation, spy
-from runs import scalars
 
 import ppo_atari
+from oracles import no_evaluation, spy
+from runs import scalars
 
 BREAKOUT = "BreakoutNoFrameskip-v4"
 STICKY = "ALE/Breakout-v5"

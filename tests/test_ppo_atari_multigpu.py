@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracles import no_evaluation
-from runs import ROOT, flags_of, load, tensors
 
 import ppo_atari_multigpu as multigpu
+from oracles import no_evaluation
+from runs import ROOT, flags_of, load, tensors
 
 pytestmark = pytest.mark.xdist_group("ppo_atari_multigpu")  # in one process, so that torchrun starts only twice
 

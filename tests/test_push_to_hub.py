@@ -13,13 +13,13 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+
+import ppo
+import push_to_hub
 from conftest import ROOT
 from hub_server import TOKEN, serve
 from runs import SCRIPTS, load, run
 from runs import results as training_results
-
-import ppo
-import push_to_hub
 
 OPTIONS = ["--video-seconds", "1"]
 

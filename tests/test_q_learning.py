@@ -8,11 +8,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from oracles import no_evaluation, spy
-from runs import load, results, scalars
 
 import q_learning
+from oracles import no_evaluation, spy
 from push_to_hub import TAXI_SEEDS
+from runs import load, results, scalars
 
 # Learns the exact values where nothing is random, from random actions: off-policy, so they need not be good ones.
 EXACT = "--learning-rate 1 --no-anneal-lr --end-e 1 --num-checkpoints 1 --eval-episodes 10 --gamma 0.9".split()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from runs import ROOT, results
 
 PAGES = {page: page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}

@@ -7,12 +7,12 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from oracles import by_hand, no_evaluation, play, spy
-from runs import load, results, scalars
 from torch import nn
 from torch.distributions import Categorical
 
 import reinforce
+from oracles import by_hand, no_evaluation, play, spy
+from runs import load, results, scalars
 
 TINY = "--num-envs 3 --total-timesteps 300 --eval-episodes 2".split()
 CARTPOLE = ["--env-id", "CartPole-v1", *TINY]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from runs import (
     SCRIPTS,
     every_script,

@@ -13,6 +13,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+
 from runs import (
     ROOT,
     every_script,

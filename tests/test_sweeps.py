@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from runs import ROOT, SCRIPTS, flags_of, results, scalars
 from wandb_log import read_wandb
 

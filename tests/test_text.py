@@ -8,6 +8,7 @@ import tokenize
 from itertools import combinations
 
 import pytest
+
 from runs import ROOT, SCRIPTS, every_script, module_of
 
 # Lines, and lines of code (no blank lines, comments or docstrings).
