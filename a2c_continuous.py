@@ -122,6 +122,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
         vectorization_mode="sync" if evaluation else args.vectorization_mode,
         vector_kwargs={"autoreset_mode": AutoresetMode.NEXT_STEP if evaluation else AutoresetMode.SAME_STEP},
         wrappers=[
+            gym.wrappers.RecordEpisodeStatistics,
             gym.wrappers.FlattenObservation,  # copies what the environment returns, and casts it to the declared dtype
             lambda env: env if env.observation_space.dtype == np.float32 else DtypeObservation(env, np.float32),
         ],
@@ -130,7 +131,7 @@ def make_envs(args: Args, num_envs: int, evaluation: bool = False, render: bool 
     )
     if not isinstance(envs.single_action_space, Box):
         fail(f"--env-id {args.env_id}: actions {envs.single_action_space} are not continuous (Box); see ppo.py")
-    return envs if evaluation else gym.wrappers.vector.RecordEpisodeStatistics(envs)
+    return envs
 
 
 # --- network ---
@@ -241,14 +242,11 @@ def compute_gae(rewards, values, last_value, dones, gamma, gae_lambda):
     `rewards`, `values` and `dones` are (T, N); the last reward of a truncated episode includes its bootstrap.
     `last_value` (N,) is the value of the observation after the last step.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = 0
-    next_value = last_value
-    for t in reversed(range(len(rewards))):
-        td_error = rewards[t] + gamma * next_value * ~dones[t] - values[t]  # [GAE, §3]
-        advantage = td_error + gamma * gae_lambda * advantage * ~dones[t]  # [GAE, Eq. 16]
-        advantages[t] = advantage
-        next_value = values[t]
+    next_values = torch.cat([values[1:], last_value[None]])
+    advantages = rewards + gamma * next_values * ~dones - values  # the TD errors [GAE, §3]
+    decay = gamma * gae_lambda * ~dones
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]  # [GAE, Eq. 16]
     return advantages
 
 
@@ -317,8 +315,9 @@ def train(args: Args) -> Path:
             rewards[t] = (reward / reward_std).clip(-10, 10) if args.normalize_rewards else reward
             dones[t] = done
             run.step += N
-            for n in np.flatnonzero(infos.get("_episode", False)):  # environments whose episode ended
-                run.record_episode(infos["episode"]["r"][n], infos["episode"]["l"][n])
+            ended = infos.get("final_info", {})
+            for n in np.flatnonzero(ended.get("_episode", False)):  # environments whose episode ended
+                run.record_episode(ended["episode"]["r"][n], ended["episode"]["l"][n])
 
             # A truncated episode would have gone on: add the discounted value of what follows to its last reward.
             cut_short = truncated & ~terminated
@@ -349,7 +348,8 @@ def train(args: Args) -> Path:
         metrics["train/grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
         agent.update_normalizer(flat_obs)  # last, because it changes the policy that acted
-        agent.return_norm.update(torch.as_tensor(past_returns, device=device).view(-1, 1))
+        if args.normalize_rewards:
+            agent.return_norm.update(torch.as_tensor(past_returns, device=device).view(-1, 1))
 
         # 4. log the means since the last time
         history.append(metrics)

@@ -111,7 +111,7 @@ class Args:
 class AtariGames(VectorWrapper):
     """AtariVectorEnv with clipped rewards, scores of whole games, a fire button after lost lives, and colour frames.
 
-    Training: rewards are clipped to their sign [DQN, Methods]. Losing a life is `terminated`, but infos["episode"] has
+    Training: rewards are clipped to their sign [DQN, Methods], a lost life is `terminated`, and infos["final_info"] has
     the raw score and the length of whole games. Evaluation: raw rewards, whole games, and the fire button is pressed
     after a lost life, because some games wait for it. A second environment, `camera`, renders in colour.
     """
@@ -148,7 +148,7 @@ class AtariGames(VectorWrapper):
             self.score = self.score * ~self.over + reward
             self.length = self.length * ~self.over + 1
             self.over = truncated | (terminated & new_game)
-            infos |= {"episode": {"r": self.score, "l": self.length}, "_episode": self.over}
+            infos["final_info"] = {"episode": {"r": self.score, "l": self.length}, "_episode": self.over}
             reward = np.sign(reward)
         return obs, reward, terminated, truncated, infos
 
@@ -205,6 +205,7 @@ class Agent(nn.Module):
 
     def forward(self, obs):
         """The Q-values (B, A) float32 of all actions in `obs` (B, 4, 84, 84) uint8."""
+        obs = obs if self.bfloat16 else obs.contiguous(memory_format=torch.channels_last)  # faster in float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             features = self.network(obs.to(torch.bfloat16 if self.bfloat16 else torch.float32) / 255)
         return self.head(features.float())
@@ -378,10 +379,10 @@ def train(args: Args) -> Path:
 
         # 3. finish the step and store it
         next_obs, reward, terminated, truncated, infos = envs.recv()
-        replay.add(obs, action, reward, terminated, truncated, infos["_episode"])
+        replay.add(obs, action, reward, terminated, truncated, infos["final_info"]["_episode"])
         obs = next_obs
-        for n in np.flatnonzero(infos["_episode"]):  # environments whose game ended
-            run.record_episode(infos["episode"]["r"][n], infos["episode"]["l"][n])
+        for n in np.flatnonzero(infos["final_info"]["_episode"]):  # environments whose game ended
+            run.record_episode(infos["final_info"]["episode"]["r"][n], infos["final_info"]["episode"]["l"][n])
 
         # 4. log the means since the last time
         if run.step - start_step >= args.log_interval or run.step >= min(run.next_checkpoint, args.total_timesteps):

@@ -107,7 +107,7 @@ class Args:
 class AtariGames(VectorWrapper):
     """AtariVectorEnv with clipped rewards, scores of whole games, a fire button after lost lives, and colour frames.
 
-    Training: rewards are clipped to their sign [DQN, Methods]. Losing a life is `terminated`, but infos["episode"] has
+    Training: rewards are clipped to their sign [DQN, Methods], a lost life is `terminated`, and infos["final_info"] has
     the raw score and the length of whole games. Evaluation: raw rewards, whole games, and the fire button is pressed
     after a lost life, because some games wait for it. A second environment, `camera`, renders in colour.
     """
@@ -144,7 +144,7 @@ class AtariGames(VectorWrapper):
             self.score = self.score * ~self.over + reward
             self.length = self.length * ~self.over + 1
             self.over = truncated | (terminated & new_game)
-            infos |= {"episode": {"r": self.score, "l": self.length}, "_episode": self.over}
+            infos["final_info"] = {"episode": {"r": self.score, "l": self.length}, "_episode": self.over}
             reward = np.sign(reward)
         return obs, reward, terminated, truncated, infos
 
@@ -207,6 +207,7 @@ class Agent(nn.Module):
 
     def features(self, obs):
         """Features (B, 512) float32 of the screens `obs` (B, 4, 84, 84) uint8."""
+        obs = obs if self.bfloat16 else obs.contiguous(memory_format=torch.channels_last)  # faster in float32
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
             return self.network(obs.to(torch.bfloat16 if self.bfloat16 else torch.float32) / 255).float()
 
@@ -247,14 +248,11 @@ def compute_gae(rewards, values, last_value, dones, gamma, gae_lambda):
     `rewards`, `values` and `dones` are (T, N); the last reward of a truncated episode includes its bootstrap.
     `last_value` (N,) is the value of the observation after the last step.
     """
-    advantages = torch.zeros_like(rewards)
-    advantage = 0
-    next_value = last_value
-    for t in reversed(range(len(rewards))):
-        td_error = rewards[t] + gamma * next_value * ~dones[t] - values[t]  # [GAE, §3]
-        advantage = td_error + gamma * gae_lambda * advantage * ~dones[t]  # [GAE, Eq. 16]
-        advantages[t] = advantage
-        next_value = values[t]
+    next_values = torch.cat([values[1:], last_value[None]])
+    advantages = rewards + gamma * next_values * ~dones - values  # the TD errors [GAE, §3]
+    decay = gamma * gae_lambda * ~dones
+    for t in reversed(range(len(rewards) - 1)):
+        advantages[t] += decay[t] * advantages[t + 1]  # [GAE, Eq. 16]
     return advantages
 
 
@@ -316,8 +314,9 @@ def train(args: Args) -> Path:
             rewards[t] = torch.as_tensor(reward)
             dones[t] = torch.as_tensor(terminated | truncated)
             run.step += N
-            for n in np.flatnonzero(infos.get("_episode", False)):  # environments whose episode ended
-                run.record_episode(infos["episode"]["r"][n], infos["episode"]["l"][n])
+            ended = infos.get("final_info", {})
+            for n in np.flatnonzero(ended.get("_episode", False)):  # environments whose episode ended
+                run.record_episode(ended["episode"]["r"][n], ended["episode"]["l"][n])
 
             # A truncated episode would have gone on: add the discounted value of what follows to its last reward.
             cut_short = truncated & ~terminated

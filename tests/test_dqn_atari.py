@@ -64,7 +64,7 @@ def test_replay_returns_what_the_games_showed(env_id, env_kwargs, num_steps):
         action = rng.integers(envs.single_action_space.n, size=2)
         next_obs, _, terminated, truncated, infos = envs.step(action)
         label = rng.normal(size=2).astype(np.float32)  # in place of the reward: it tells which step was drawn
-        new_game = infos["_episode"]
+        new_game = infos["final_info"]["_episode"]
         for replay in replays:
             replay.add(obs, action, label, terminated, truncated, new_game)
         names = ("obs", "action", "reward", "next_obs", "terminated", "truncated", "new_game")
@@ -326,7 +326,9 @@ def test_what_is_stored_is_what_happened_and_what_is_drawn_is_learned_from(monke
 
         def recv(self):
             result = self.env.recv()
-            happened.append([x.copy() for x in (self.obs, self.action, *result[1:4], result[4]["_episode"])])
+            happened.append(
+                [x.copy() for x in (self.obs, self.action, *result[1:4], result[4]["final_info"]["_episode"])]
+            )
             self.obs = result[0]
             return result
 

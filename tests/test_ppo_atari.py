@@ -80,9 +80,9 @@ def test_an_episode_is_a_whole_game_and_its_return_the_raw_score(env_id, game, n
         assert not truncated.any()
         score += plain_reward
         length += 1
-        np.testing.assert_array_equal(infos["_episode"], over)
-        np.testing.assert_array_equal(infos["episode"]["r"], score)
-        np.testing.assert_array_equal(infos["episode"]["l"], length)
+        np.testing.assert_array_equal(infos["final_info"]["_episode"], over)
+        np.testing.assert_array_equal(infos["final_info"]["episode"]["r"], score)
+        np.testing.assert_array_equal(infos["final_info"]["episode"]["l"], length)
         finished += over.sum()
         lost_lives += (terminated & ~over).sum()
         highest = max(highest, plain_reward.max())
@@ -100,7 +100,7 @@ def test_a_lost_life_is_no_end_if_you_say_so():
         _, _, terminated, _, infos = envs.step(np.ones(2, dtype=np.int64))
         lives.append(infos["lives"])
         assert not terminated.any()
-        assert not infos["_episode"].any()
+        assert not infos["final_info"]["_episode"].any()
     assert np.min(lives) < 5
 
 
@@ -117,11 +117,11 @@ def test_a_truncated_game_shows_its_last_screen():
     assert not terminated.any()
     np.testing.assert_array_equal(infos["final_obs"][:, :3], expected[:, :3])
     assert np.abs(infos["final_obs"][:, 3].astype(int) - expected[:, 3]).mean() < 1
-    assert infos["_episode"].all()
-    assert (infos["episode"]["l"] == 30).all()
+    assert infos["final_info"]["_episode"].all()
+    assert (infos["final_info"]["episode"]["l"] == 30).all()
     assert (obs[:, :3] == 0).all()  # the new game's first screen, and none before it
     *_, infos = short.step(action)
-    assert (infos["episode"]["l"] == 1).all()
+    assert (infos["final_info"]["episode"]["l"] == 1).all()
 
 
 # --- evaluation ---
