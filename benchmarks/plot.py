@@ -90,7 +90,7 @@ def draw_speed() -> Figure:
         places.append((position + (len(shown) - 1) / 2, task.replace(", ", "\n", 1)))
         for name in shown:
             ratios = [rate / rival for rate, rival in zip(rates[name], rates["sb3"])]
-            color = {"ours": OURS, "ours, float32": FOURTH, "sb3": GREY}.get(name, OTHER)
+            color = {"ours": OURS, "ours, float32": FOURTH, "sb3": GREY, "sbx": THIRD}[name]
             drawn[name] = axis.barh(position, median(ratios), height=0.85, color=color)
             axis.text(median(ratios) + 0.03, position, f"{median(rates[name]):,.0f} steps/s", va="center", fontsize=8.5)
             position += 1

@@ -31,7 +31,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from speed import RESULTS, ROOT, cpu_name
+from speed import RESULTS, ROOT, commit, cpu_name
 
 sys.path.insert(0, str(ROOT))
 import push_to_hub  # noqa: E402
@@ -225,12 +225,6 @@ def machine(script: str, device: str) -> str:
     if used.type == "cpu":
         return cpu
     return f"{cpu}, {torch.cuda.get_device_name(used) if used.type == 'cuda' else used.type}"
-
-
-def commit() -> str:
-    """The commit of this repository, empty without git."""
-    status, text = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse HEAD')
-    return "" if status else text
 
 
 class CountPipes(gym.vector.VectorWrapper):

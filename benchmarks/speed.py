@@ -1,8 +1,11 @@
-"""Steps per second of this project, of Stable-Baselines3 with the same hyperparameters, and of the ceiling.
+"""Steps per second of this project, of Stable-Baselines3 and SBX with the same hyperparameters, and of the limit.
 
-The ceiling is the environment stepped with random actions. The contenders take turns, each in a process of its own,
-because the speed of a machine drifts: compare only numbers of one call. Stable-Baselines3 runs with one thread and with
-two, and the faster one of a round counts; from pixels it runs with all cores, as we do (one thread was always slower).
+The limit of the small networks is the environment stepped with random actions; from pixels it is the arithmetic of the
+network at the rate of large matrix products. The contenders take turns, each in a process of its own, because the speed
+of a machine drifts: compare only numbers of one call. Stable-Baselines3 runs with one thread and with two, and the
+faster one of a round counts; from pixels it runs with all cores, as we do (one thread was always slower). SBX, which is
+Stable-Baselines3 in JAX, takes the threads it wants. The whole run is timed (steps_per_second), and its second half
+without our evaluations (steady).
 
     python benchmarks/speed.py                     # all tasks, 7 rounds: benchmarks/results/speed.csv
     python benchmarks/speed.py --only atari --rounds 3
@@ -95,6 +98,9 @@ TASKS = {
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }
 
+# contenders that do with fewer steps: SBX takes long from pixels and is as steady, counting arithmetic needs a few
+SHORTER = {"gemm": 10}
+
 # script: steps of a rollout, the same for every number of environments
 SCALING = {"ppo": 16_384, "ppo_atari": 1024}
 NUM_ENVS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -127,27 +133,45 @@ SOLVE = {
 }
 
 
-def measure_ours(task: str, more_flags: str = "") -> int:
-    """Train with the script's own `train` and only two evaluation episodes; returns the steps."""
-    script, steps, flags, _, _ = TASKS[task]
+def measure_ours(task: str, steps: int, more_flags: str = "") -> tuple:
+    """Train with the script's own `train` and only two evaluation episodes; returns the steps and the steady speed."""
+    script, _, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
     flags += f" --device cpu --total-timesteps {steps} --num-checkpoints 1 --eval-episodes 1 {more_flags}"
-    module.train(module.parse_args(flags.split()))
-    return steps
+    speeds = logged_speeds(module.train(module.parse_args(flags.split())))
+    return steps, harmonic_mean(speeds[len(speeds) // 2 :])
 
 
-def measure_float32(task: str) -> int:
+def measure_float32(task: str, steps: int) -> tuple:
     """`measure_ours` in the precision of Stable-Baselines3; on some processors the default is bfloat16."""
-    return measure_ours(task, "--no-bfloat16")
+    return measure_ours(task, steps, "--no-bfloat16")
 
 
-def measure_sb3(task: str) -> int:
-    """The same task and hyperparameters in Stable-Baselines3; returns the steps."""
-    import stable_baselines3
+def measure_sbx(task: str, steps: int) -> tuple:
+    """The same task and hyperparameters in SBX."""
+    return measure_sb3(task, steps, "sbx")
+
+
+def measure_sb3(task: str, steps: int, library: str = "stable_baselines3") -> tuple:
+    """The same task and hyperparameters in Stable-Baselines3; returns the steps and the steady speed."""
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.env_util import make_atari_env, make_vec_env
     from stable_baselines3.common.vec_env import VecFrameStack
 
-    script, steps, flags, algorithm, hyperparameters = TASKS[task]
+    class Clock(BaseCallback):
+        """Notes when the second half begins."""
+
+        half_time = None
+
+        def _on_step(self):
+            return True
+
+        def _on_rollout_start(self):
+            if self.half_time is None and self.num_timesteps >= steps / 2:
+                self.half_time, self.half_steps = time.perf_counter(), self.num_timesteps
+
+    script, _, flags, algorithm, hyperparameters = TASKS[task]
+    hyperparameters = dict(hyperparameters)
     args = importlib.import_module(script).parse_args(flags.split())
     num_envs = hyperparameters.pop("n_envs", args.num_envs)
     if script.endswith("_atari"):
@@ -155,26 +179,51 @@ def measure_sb3(task: str) -> int:
     else:
         envs = make_vec_env(args.env_id, n_envs=num_envs)
     policy = "CnnPolicy" if script.endswith("_atari") else "MlpPolicy"
-    getattr(stable_baselines3, algorithm)(policy, envs, device="cpu", **hyperparameters).learn(steps)
-    return steps
+    if library == "sbx":
+        hyperparameters.pop("optimize_memory_usage", None)
+    model = getattr(importlib.import_module(library), algorithm)(policy, envs, device="cpu", **hyperparameters)
+    clock = Clock()
+    model.learn(steps, callback=clock)
+    return steps, (model.num_timesteps - clock.half_steps) / (time.perf_counter() - clock.half_time)
 
 
-def measure_ceiling(task: str) -> int:
-    """Step the training environments with random actions; returns the steps."""
-    script, steps, flags, _, _ = TASKS[task]
+def measure_gemm(task: str, steps: int) -> tuple:
+    """The steps per second if all arithmetic of training ran at the rate of large matrix products."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    script, _, flags, _, _ = TASKS[task]
+    bfloat16 = importlib.import_module(script).parse_args(flags.split()).bfloat16
+    counts = []
+    for length in (steps // 2, steps):  # the difference leaves out the start and the evaluations
+        with FlopCounterMode(display=False) as counter:
+            measure_ours(task, length)
+        counts.append(counter.get_total_flops())
+    a = torch.rand(2048, 2048, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    seconds = []
+    for _ in range(10):
+        start = time.perf_counter()
+        a @ a
+        seconds.append(time.perf_counter() - start)
+    return steps, 2 * 2048**3 / min(seconds) / ((counts[1] - counts[0]) / (steps - steps // 2))
+
+
+def measure_ceiling(task: str, steps: int) -> tuple:
+    """Step the training environments with random actions; returns the steps and the steady speed."""
+    script, _, flags, _, _ = TASKS[task]
     module = importlib.import_module(script)
     args = module.parse_args(flags.split())
     if script != "q_learning":
-        random_steps(module.make_envs(args, args.num_envs), steps // args.num_envs)
-        return steps
+        return steps, random_steps(module.make_envs(args, args.num_envs), steps // args.num_envs)
     env = gym.make(args.env_id)  # one environment, not a vector
     env.reset(seed=1)
     actions = [env.action_space.sample() for _ in range(100)]
+    start = time.perf_counter()
     for i in range(steps):
         _, _, terminated, truncated, _ = env.step(actions[i % 100])
         if terminated or truncated:
             env.reset()
-    return steps
+    return steps, steps / (time.perf_counter() - start)
 
 
 def random_steps(envs, num_steps: int) -> float:
@@ -293,12 +342,16 @@ def child(task: str, contender: str, threads: int):
 
     torch.set_num_threads(threads)
     torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first optimizer imports modules for a second
-    measures = {"ours": measure_ours, "ours, float32": measure_float32, "sb3": measure_sb3, "ceiling": measure_ceiling}
-    importlib.import_module("stable_baselines3" if contender == "sb3" else TASKS[task][0])
+    measures = {"ours": measure_ours, "ours, float32": measure_float32, "sb3": measure_sb3, "sbx": measure_sbx}
+    measures |= {"ceiling": measure_ceiling, "gemm": measure_gemm}
+    library = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}.get(contender, "torch"))
+    importlib.import_module(TASKS[task][0])
+    steps = TASKS[task][1] // SHORTER.get(contender, 1)
     start = time.perf_counter()
-    steps = measures[contender](task)
+    steps, steady = measures[contender](task, steps)
     seconds = time.perf_counter() - start
-    print("RESULT", json.dumps({"steps_per_second": round(steps / seconds), "peak_memory_mib": peak_memory()}))
+    result = {"steps_per_second": round(steps / seconds), "steady": round(steady), "peak_memory_mib": peak_memory()}
+    print("RESULT", json.dumps(result | {"version": library.__version__}))
 
 
 def run_child(*words) -> dict:
@@ -323,8 +376,12 @@ def speed(rounds: int, only: str):
             pixels = "_atari" in task
             cores = os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
-            ours = [("ours", cores), ("ours, float32", cores)] if pixels else [("ours", 1)]
-            for contender, threads in (*ours, *rivals, ("ceiling", 1)):
+            rivals += [("sbx", cores)] if TASKS[task][3] in ("PPO", "DQN") else []  # SBX has no A2C
+            ours = [("ours", cores)] if pixels else [("ours", 1)]
+            if pixels and importlib.import_module(TASKS[task][0]).parse_args([]).bfloat16:
+                ours.append(("ours, float32", cores))
+            limits = [("ceiling", 1), ("gemm", cores)] if pixels else [("ceiling", 1)]
+            for contender, threads in (*ours, *rivals, *limits):
                 result = run_child("--child", "--task", task, "--contender", contender, "--threads", threads)
                 rows.append({"task": task, "contender": contender, "threads": threads, "round": round_number} | result)
                 print(rows[-1], flush=True)
@@ -334,9 +391,9 @@ def speed(rounds: int, only: str):
         for row in rows:
             if row["task"] == task:
                 key = (row["contender"], row["threads"]) if row["contender"] == "sb3" else row["contender"]
-                rates.setdefault(key, []).append(row["steps_per_second"])
+                rates.setdefault(key, []).append(row["steady"])
         shares = [a / b for a, b in zip(rates["ours"], rates["ceiling"])]
-        print(f"{task}: {summary(rates['ours'])} steps/s, ceiling {summary(rates['ceiling'])}")
+        print(f"{task}: {summary(rates['ours'])} steps/s when steady, ceiling {summary(rates['ceiling'])}")
         print(f"    {median(shares):.0%} [{min(shares):.0%} to {max(shares):.0%}] of the ceiling in the same round")
         if not TASKS[task][3]:
             continue
@@ -429,7 +486,7 @@ def solve(seeds: int, only: str):
 
 def write(path: Path, rows: list, keep=lambda row: False):
     """Write `rows` and this machine as CSV, after the old rows of the file for which `keep` is true."""
-    machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version()}
+    machine = {"cpu": f"{os.cpu_count()} cores, {cpu_name()}", "python": platform.python_version(), "commit": commit()}
     kept = [row for row in csv.DictReader(path.open()) if keep(row)] if path.exists() else []
     unfinished = path.with_suffix(".tmp")
     with unfinished.open("w", newline="") as file:
@@ -437,6 +494,12 @@ def write(path: Path, rows: list, keep=lambda row: False):
         writer.writeheader()
         writer.writerows([*kept, *(row | machine for row in rows)])
     unfinished.replace(path)
+
+
+def commit() -> str:
+    """The commit of this repository, empty without git."""
+    status, text = subprocess.getstatusoutput(f'git -C "{ROOT}" rev-parse HEAD')
+    return "" if status else text
 
 
 def cpu_name() -> str:

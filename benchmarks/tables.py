@@ -56,7 +56,12 @@ OVERVIEW = [
     ("ddqn_atari", "Double DQN", "SpaceInvaders"),
 ]
 # contender in speed.csv: its name; in this order
-PEERS = {"ours": "this project", "ours, float32": "this project in float32", "sb3": "Stable-Baselines3"}
+PEERS = {
+    "ours": "this project",
+    "ours, float32": "this project in float32",
+    "sb3": "Stable-Baselines3",
+    "sbx": "SBX (JAX)",
+}
 NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -182,7 +187,7 @@ def commands(*scripts: str) -> str:
     return "\n".join(["```bash", *lines, "```"])
 
 
-def speeds(column: str = "steps_per_second") -> dict:
+def speeds(column: str = "steady") -> dict:
     """For each task in speed.csv and each contender, one number for each round: of the faster thread count.
 
     The tasks are in the order of speed.py.
@@ -195,7 +200,7 @@ def speeds(column: str = "steps_per_second") -> dict:
     return {task: {name: list(best.values()) for name, best in found[task].items()} for task in tasks}
 
 
-def ratio(rates: dict, name: str, rival: str = "sb3") -> str:
+def ratio(rates: dict, name: str, rival: str) -> str:
     """Median and range of the ratios of the rounds."""
     if name not in rates or rival not in rates:
         return "–"
@@ -203,17 +208,22 @@ def ratio(rates: dict, name: str, rival: str = "sb3") -> str:
     return f"{median(ratios):.2f} [{min(ratios):.2f}–{max(ratios):.2f}]".replace(" ", NBSP)
 
 
-def speed_table() -> str:
-    """Steps per second, median of the rounds, in the order of speed.py."""
+def speed_table(column: str = "steady") -> str:
+    """Steps per second, medians of the rounds, in the order of speed.py; the share of the limit in steady state."""
     rows = []
-    for task, rates in speeds().items():
-        cells = [task]
-        cells += [f"{median(rates[name]):,.0f}" if name in rates else "–" for name in PEERS]
-        share = f"{median(a / b for a, b in zip(rates['ours'], rates['ceiling'])):.0%}".replace("%", f"{NBSP}%")
-        cells += [ratio(rates, "ours"), ratio(rates, "ours, float32"), f"{median(rates['ceiling']):,.0f}", share]
-        rows.append(cells)
-    head = "| task | this project | in float32 | Stable-Baselines3 | ratio | ratio in float32 "
-    return markdown(head + "| ceiling | share |", rows)
+    for task, rates in speeds(column).items():
+        for ours in ("ours", "ours, float32"):
+            if ours in rates:
+                cells = [task if ours == "ours" else f"{task}, float32"]
+                cells += [f"{median(rates[x]):,.0f}" if x in rates else "–" for x in (ours, "sb3", "sbx")]
+                cells += [ratio(rates, ours, "sb3"), ratio(rates, ours, "sbx")]
+                if column == "steady":
+                    limit = rates["gemm" if "gemm" in rates else "ceiling"]
+                    share = f"{median(a / b for a, b in zip(rates[ours], limit)):.0%}".replace("%", f"{NBSP}%")
+                    cells += [f"{median(limit):,.0f}", share]
+                rows.append(cells)
+    head = "| task | this project | Stable-Baselines3 | SBX | ratio to Stable-Baselines3 | ratio to SBX |"
+    return markdown(head + " limit | share |" * (column == "steady"), rows)
 
 
 def memory_table() -> str:
@@ -254,7 +264,8 @@ def tables() -> dict:
     found = {"overview": overview(), "scores atari": scores_table(*atari), "commands atari": commands(*atari)}
     for script in ("q_learning", "reinforce", "a2c_continuous", "ppo"):
         found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
-    found |= {"speed": speed_table(), "memory": memory_table(), "replay": replay_table(), "solve": solve_table()}
+    found |= {"speed": speed_table(), "speed overall": speed_table("steps_per_second"), "memory": memory_table()}
+    found |= {"replay": replay_table(), "solve": solve_table()}
     minus = re.compile(rf"(?<=[ {NBSP}(:>])-(?=[\d ])")  # not that of a flag or of a row of dashes
     return {name: text if name.startswith("commands") else minus.sub("−", text) for name, text in found.items()}
 
