@@ -65,7 +65,7 @@ TASKS = {
     "reinforce CartPole-v1, 8 envs": ("reinforce", 200_000, "", None, None),  # not in Stable-Baselines3
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
-        40_960,
+        20_480,
         "--no-anneal-lr --max-eval-steps 100",
         "PPO",
         {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
@@ -73,7 +73,7 @@ TASKS = {
     ),
     "dqn_atari Breakout, Stable-Baselines3 with 1 env": (
         "dqn_atari",
-        16_000,
+        8_000,
         "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 1, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 4}
@@ -81,7 +81,7 @@ TASKS = {
     ),
     "dqn_atari Breakout, Stable-Baselines3 with 16 envs": (
         "dqn_atari",
-        16_000,
+        8_000,
         "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         "DQN",
         {"n_envs": 16, "learning_starts": 500, "buffer_size": 20_000, "learning_rate": 1e-4, "train_freq": 1}
@@ -89,7 +89,7 @@ TASKS = {
     ),
     "ddqn_atari Breakout": (  # not in Stable-Baselines3
         "ddqn_atari",
-        16_000,
+        8_000,
         "--learning-starts 500 --buffer-size 20_000 --max-eval-steps 100",
         None,
         None,
@@ -98,8 +98,8 @@ TASKS = {
     "q_learning Taxi-v4": ("q_learning", 1_000_000, "--env-id Taxi-v4", None, None),
 }
 
-# contenders that do with fewer steps: SBX takes long from pixels and is as steady, counting arithmetic needs a few
-SHORTER = {"gemm": 10}
+# contenders with a quarter of the steps from pixels: SBX takes long, and counting the arithmetic needs a few steps only
+SHORTER = ("sbx", "gemm")
 
 # script: steps of a rollout, the same for every number of environments
 SCALING = {"ppo": 16_384, "ppo_atari": 1024}
@@ -346,7 +346,7 @@ def child(task: str, contender: str, threads: int):
     measures |= {"ceiling": measure_ceiling, "gemm": measure_gemm}
     library = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}.get(contender, "torch"))
     importlib.import_module(TASKS[task][0])
-    steps = TASKS[task][1] // SHORTER.get(contender, 1)
+    steps = TASKS[task][1] // (4 if "_atari" in task and contender in SHORTER else 1)
     start = time.perf_counter()
     steps, steady = measures[contender](task, steps)
     seconds = time.perf_counter() - start
@@ -354,9 +354,9 @@ def child(task: str, contender: str, threads: int):
     print("RESULT", json.dumps(result | {"version": library.__version__}))
 
 
-def run_child(*words) -> dict:
-    """Run this file as a child in an empty folder; returns what it measured."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+def run_child(*words, scripts: Path = ROOT) -> dict:
+    """Run this file as a child in an empty folder, with the scripts of a folder; returns what it measured."""
+    path = os.pathsep.join([str(scripts), os.environ.get("PYTHONPATH", "")])
     with TemporaryDirectory() as folder:
         command = [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
         result = subprocess.run(

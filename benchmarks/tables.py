@@ -194,8 +194,9 @@ def speeds(column: str = "steady") -> dict:
     """
     found = {}
     for row in read(RESULTS / "speed.csv"):
-        best = found.setdefault(row["task"], {}).setdefault(row["contender"], {})
-        best[row["round"]] = max(best.get(row["round"], 0), int(row[column]))
+        if row[column]:  # earlier versions measured no steady state
+            best = found.setdefault(row["task"], {}).setdefault(row["contender"], {})
+            best[row["round"]] = max(best.get(row["round"], 0), int(row[column]))
     tasks = (task for task in TASKS if task in found)
     return {task: {name: list(best.values()) for name, best in found[task].items()} for task in tasks}
 
@@ -211,10 +212,12 @@ def ratio(rates: dict, name: str, rival: str) -> str:
 def speed_table(column: str = "steady") -> str:
     """Steps per second, medians of the rounds, in the order of speed.py; the share of the limit in steady state."""
     rows = []
+    dated = {row["task"] for row in read(RESULTS / "speed.csv") if row["commit"]}
     for task, rates in speeds(column).items():
         for ours in ("ours", "ours, float32"):
             if ours in rates:
-                cells = [task if ours == "ours" else f"{task}, float32"]
+                name = task if ours == "ours" else f"{task}, float32"
+                cells = [name if task in dated else f"{name} \\*"]
                 cells += [f"{median(rates[x]):,.0f}" if x in rates else "–" for x in (ours, "sb3", "sbx")]
                 cells += [ratio(rates, ours, "sb3"), ratio(rates, ours, "sbx")]
                 if column == "steady":
