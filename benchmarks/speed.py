@@ -369,6 +369,7 @@ def run_child(*words, scripts: Path = ROOT) -> dict:
 
 def speed(rounds: int, only: str):
     """Measure all tasks and contenders in turns; writes results/speed.csv after each, prints medians and ratios."""
+    sys.path.insert(0, str(ROOT))
     rows = []
     tasks = [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
