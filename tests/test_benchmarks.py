@@ -188,14 +188,21 @@ def test_agent_gets_the_discounted_return_of_each_state(life):
     assert got == pytest.approx((1.99 + 1) / 2 if life == 2 else 100, rel=0.005)
 
 
-def test_ratio_is_against_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
+def test_speeds_are_those_of_the_better_thread_count_of_the_same_round(tmp_path, monkeypatch):
+    """The share is of the arithmetic's limit where it was measured. A row of an earlier version is no steady state."""
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    task = list(tables.TASKS)[0]
+    task, old = list(tables.TASKS)[:2]
     rates = [("ours", 1, 1, 300), ("sb3", 1, 1, 150), ("sb3", 2, 1, 100), ("ours", 1, 2, 300), ("sb3", 1, 2, 200)]
-    rows = ["task,contender,threads,round,steps_per_second", *(f'"{task}",{c},{n},{r},{s}' for c, n, r, s in rates)]
-    (tmp_path / "speed.csv").write_text("\n".join(rows))
-    assert tables.speeds() == {task: {"ours": [300, 300], "sb3": [150, 200]}}
-    assert tables.ratio(tables.speeds()[task], "ours").replace(tables.NBSP, " ") == "1.75 [1.50–2.00]"
+    rates += [(name, 1, number, rate) for name, rate in (("ceiling", 400), ("gemm", 600)) for number in (1, 2)]
+    rows = [f'"{task}",{c},{n},{r},{s // 2},{s},abc' for c, n, r, s in rates] + [f'"{old}",ours,1,1,9,,']
+    (tmp_path / "speed.csv").write_text(
+        "\n".join(["task,contender,threads,round,steps_per_second,steady,commit", *rows])
+    )
+    speeds = {"ours": [300, 300], "sb3": [150, 200], "ceiling": [400, 400], "gemm": [600, 600]}
+    assert tables.speeds() == {task: speeds}
+    steady, overall = (tables.speed_table(x).replace(tables.NBSP, " ") for x in ("steady", "steps_per_second"))
+    assert steady.endswith(f"\n| {task} | 300 | 175 | – | 1.75 [1.50–2.00] | – | 600 | 50 % |")
+    assert overall.endswith(f"\n| {task} | 150 | 88 | – | 1.75 [1.50–2.00] | – |\n| {old} \\* | 9 | – | – | – | – |")
 
 
 def test_pictures_are_drawn_for_light_and_dark_pages_and_shown(tmp_path, monkeypatch):
