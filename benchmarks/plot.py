@@ -74,7 +74,8 @@ def draw_curves(script: str) -> Figure:
         if value is not None:
             axis.axhline(value, color=OTHER, linestyle="--", linewidth=1.2, label=text)
         axis.legend(loc="best", fontsize=8.5)
-        axis.set(title=task_name(env_id), xlabel=f"{name} steps", ylabel="return", xlim=(0, None))
+        axis.set(title=task_name(env_id, flags), xlabel=f"{name} steps", ylabel="return", xlim=(0, None))
+    figure.suptitle(f"{script}.py", fontsize=11)
     return figure
 
 

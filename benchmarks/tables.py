@@ -70,9 +70,10 @@ def reference(script: str, flags: str) -> tuple:
     return next(row[2:] for row in REFERENCES if row[0] == script and row[1] in flags)
 
 
-def task_name(env_id: str) -> str:
+def task_name(env_id: str, flags: str = "") -> str:
     """The environment's name without its package and without the suffix of Atari games."""
-    return env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
+    name = env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
+    return f"{name}, not slippery" if "is_slippery" in flags else name
 
 
 def number(value: float, digits: int | None = None) -> str:
@@ -142,9 +143,8 @@ def scores_table(*scripts: str) -> str:
     rows, notes = [], []
     for script in scripts:
         for flags, runs in measured(script):
-            task = task_name(runs[0]["env_id"])
+            task = task_name(runs[0]["env_id"], flags)
             task += ", pipes passed" if runs[0]["note"].endswith("pipes") else ""
-            task += ", not slippery" if "is_slippery" in flags else ""
             scores = [f"{row['seed']}: {mean_std(row)}".replace(" ", NBSP) for row in runs]
             differences, compared = ["–"], reference(script, flags)[1]
             if (bound := push_to_hub.THRESHOLDS.get(runs[0]["env_id"])) is not None:
