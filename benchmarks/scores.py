@@ -55,6 +55,7 @@ TABLE = [
     ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 4 --gamma 0.9 "
      "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", 3),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", 3),
+    ("sac_continuous", "", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),

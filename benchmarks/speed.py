@@ -63,6 +63,13 @@ TASKS = {
         "A2C",
         {},  # the defaults; they log every 100 updates, too
     ),
+    "sac_continuous Pendulum-v1": (
+        "sac_continuous",
+        4_000,
+        "--q-lr 3e-4 --alpha 1 --learning-starts 100",
+        "SAC",
+        {},  # the defaults
+    ),
     "reinforce CartPole-v1, 8 envs": ("reinforce", 200_000, "", None, None),  # not in Stable-Baselines3
     "ppo_atari Breakout, 8 envs": (
         "ppo_atari",
@@ -378,7 +385,7 @@ def speed(rounds: int, only: str):
             pixels = "_atari" in task
             cores = os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
-            rivals += [("sbx", cores)] if TASKS[task][3] in ("PPO", "DQN") else []  # SBX has no A2C
+            rivals += [("sbx", cores)] if TASKS[task][3] in ("PPO", "DQN", "SAC") else []  # SBX has no A2C
             ours = [("ours", cores)] if pixels else [("ours", 1)]
             if pixels and importlib.import_module(TASKS[task][0]).parse_args([]).bfloat16:
                 ours.append(("ours, float32", cores))

@@ -25,6 +25,7 @@ REFERENCES = [
     ("a2c_continuous", "Pendulum", -163, "RL Zoo -163 ± 103, 1 M steps"),
     ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo 3041, v3, 1 M steps"),
     ("a2c_continuous", "", 300, "RL Zoo 300 ± 23, 5 M steps"),
+    ("sac_continuous", "", -157, "RL Zoo -157 ± 89, 20 k steps"),
     ("ppo", "CartPole", 500, "RL Zoo 500 ± 0, 100 k steps"),
     ("ppo", "Acrobot", -73.5, "RL Zoo -73.5 ± 18.2, 1 M steps"),
     ("ppo", "Continuous", 271, "RL Zoo 271 ± 32, 1 M steps"),
@@ -54,6 +55,7 @@ OVERVIEW = [
     ("ppo_atari_multigpu", "PPO, several GPUs", None),
     ("dqn_atari", "DQN from pixels", "Pong"),
     ("ddqn_atari", "Double DQN", "SpaceInvaders"),
+    ("sac_continuous", "SAC (continuous)", ""),
 ]
 # contender in speed.csv: its name; in this order
 PEERS = {
@@ -265,7 +267,7 @@ def tables() -> dict:
     """The text of each table by its name."""
     atari = ("ppo_atari", "dqn_atari", "ddqn_atari")
     found = {"overview": overview(), "scores atari": scores_table(*atari), "commands atari": commands(*atari)}
-    for script in ("q_learning", "reinforce", "a2c_continuous", "ppo"):
+    for script in ("q_learning", "reinforce", "a2c_continuous", "sac_continuous", "ppo"):
         found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
     found |= {"speed": speed_table(), "speed overall": speed_table("steps_per_second"), "memory": memory_table()}
     found |= {"replay": replay_table(), "solve": solve_table()}

@@ -72,9 +72,9 @@ def spy(monkeypatch, owner, name) -> list:
     """From now on, (arguments, result) of each call of owner.name, as they are at that time."""
     calls, function = [], getattr(owner, name)
 
-    def wrapper(*args):
-        before = [frozen(x) for x in args]
-        result = function(*args)
+    def wrapper(*args, **kwargs):
+        before = [frozen(x) for x in (*args, *kwargs.values())]
+        result = function(*args, **kwargs)
         calls.append((before, frozen(result)))
         return result
 

@@ -21,6 +21,8 @@ FLAGS = {
     "q_learning": "--total-timesteps 2000 --num-steps 100",
     "reinforce": "--total-timesteps 2000 --num-envs 2",
     "a2c_continuous": "--env-id LunarLanderContinuous-v3 --total-timesteps 1600 --num-envs 2 --log-interval 3",
+    "sac_continuous": "--env-id LunarLanderContinuous-v3 --total-timesteps 1600 --num-envs 2 --hidden-size 16 "
+    "--learning-starts 200 --batch-size 8 --buffer-size 1000 --log-interval 100 --save-replay",
     "ppo": f"--env-id CartPole-v1 --total-timesteps 1600 {PPO} --update-epochs 2",
     "ppo_atari": f"{PIXELS} --total-timesteps 1024 {PPO} --update-epochs 1",
     "ppo_atari_multigpu": f"{PIXELS} --total-timesteps 1024 {PPO} --update-epochs 1",

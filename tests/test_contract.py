@@ -158,10 +158,10 @@ def test_a_film_shows_the_first_episode_to_its_end(trained):
     assert any((frame != frames[0]).any() for frame in frames)
 
 
-@pytest.mark.parametrize("name", ["reinforce", "a2c_continuous", "ppo"])
+@pytest.mark.parametrize("name", ["reinforce", "a2c_continuous", "sac_continuous", "ppo"])
 def test_a_nan_stops_an_evaluation(name):
     module = module_of(name)
-    kwargs = {"bad_observation_at": 3, "box": name == "a2c_continuous"}
+    kwargs = {"bad_observation_at": 3, "box": name.endswith("_continuous")}
     args = module.Args(env_id="toy_envs:Constant-v0", env_kwargs=json.dumps(kwargs))
     agent = module.Agent(module.make_envs(args, 1), args)
     with pytest.raises(SystemExit, match="observation is NaN"):

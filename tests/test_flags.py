@@ -165,6 +165,17 @@ CHECKS = {
         "--action-std 0": "--action-std must be more than 0",
         "--env-id CartPole-v1": "not continuous (Box); see ppo.py",
     },
+    "sac_continuous": {
+        "--tau 1.5": "at most 1",
+        "--gamma 1.5": "at most 1",
+        "--alpha 0": "more than 0",
+        "--updates-per-step 0": "more than 0",
+        "--buffer-size 999": "--buffer-size 999: must be at least --learning-starts",
+        "--total-timesteps 1000": "must be more than --learning-starts",
+        "--hidden-size 0": "--hidden-size 0: must be 1 or more",
+        "--env-id CartPole-v1": "not continuous (Box) with finite bounds",
+        """--env-id toy_envs:Spaces-v0 --env-kwargs '{"action":"unbounded"}'""": "with finite bounds",
+    },
     "ppo": {
         "--num-minibatches 3": "must divide 2048 steps",
         "--num-minibatches 2048": "parts of 2 or more",

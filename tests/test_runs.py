@@ -16,6 +16,7 @@ import torch
 
 from runs import (
     ROOT,
+    SCRIPTS,
     every_script,
     flags_of,
     load,
@@ -39,6 +40,7 @@ METRICS = {
     "q_learning": {"loss/td", "train/q_value", "train/epsilon"},
     "reinforce": {"loss/policy", "loss/value", "loss/entropy"},
     "a2c_continuous": PPO_METRICS - {"train/approx_kl", "train/clip_fraction"},
+    "sac_continuous": {"loss/td", "loss/policy", "loss/entropy", "train/q_value", "train/alpha"},
     "ppo": PPO_METRICS,
     "ppo_atari": PPO_METRICS,
     "ppo_atari_multigpu": PPO_METRICS,
@@ -171,7 +173,7 @@ def first_weights(name, seed, monkeypatch):
     return stop.value.args[0]
 
 
-@pytest.mark.parametrize("name", ["reinforce", "a2c_continuous", "ppo", "ppo_atari", "ppo_atari_multigpu", "dqn_atari"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name not in ("q_learning", "ddqn_atari")])
 def test_the_seed_decides_the_first_weights(name, monkeypatch):
     first, again, other = (first_weights(name, seed, monkeypatch) for seed in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
@@ -221,9 +223,9 @@ BAD = {"reward": '"bad_reward_at": 300', "observation": '"bad_observation_at": 3
 
 
 @pytest.mark.parametrize("kind", BAD)
-@pytest.mark.parametrize("name", ["reinforce", "a2c_continuous", "ppo"])
+@pytest.mark.parametrize("name", ["reinforce", "a2c_continuous", "sac_continuous", "ppo"])
 def test_a_nan_from_the_environment_stops_it(name, kind):
-    box = ', "box": true' if name == "a2c_continuous" else ""
+    box = ', "box": true' if name.endswith("_continuous") else ""
     flags = ["--env-id", "toy_envs:Constant-v0", "--env-kwargs", f"{{{BAD[kind]}{box}}}"]
     assert_stops(name, *flags, errors=(SystemExit, RuntimeError))  # torch refuses to sample from NaN
 
@@ -360,7 +362,7 @@ def test_a_terminated_episode_does_not_bootstrap(name, monkeypatch):
 # --- videos ---
 
 
-@pytest.mark.parametrize("name", ["q_learning", "reinforce", "a2c_continuous", "ppo", "dqn_atari"])
+@pytest.mark.parametrize("name", ["q_learning", "reinforce", "a2c_continuous", "sac_continuous", "ppo", "dqn_atari"])
 def test_evaluations_and_videos_change_nothing_in_training(name, trained, monkeypatch):
     """More episodes at the end, and a film at each checkpoint. After each one the environments are new ones."""
     expected = trained(name).folder

@@ -16,6 +16,7 @@ AIMS = {
     "q_learning": (410, 290),
     "reinforce": (500, 345),
     "a2c_continuous": (560, 400),
+    "sac_continuous": (580, 410),
     "ppo": (595, 420),
     "ppo_atari": (560, 395),
     "ppo_atari_multigpu": (640, 440),

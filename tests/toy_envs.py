@@ -131,6 +131,26 @@ class Target(gym.Env):
         return np.ones(1, np.float32), -float((action[0] - 0.5) ** 2), True, False, {}
 
 
+class TwoStates(gym.Env):
+    """One-hot (2,). An action above 0 goes to the second state, another one to the first; the second one gives 1.
+
+    Every episode is terminated after 5 steps.
+    """
+
+    observation_space = Box(0, 1, (2,), np.float32)
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.eye(2, dtype=np.float32)[0], {}
+
+    def step(self, action):
+        self.steps += 1
+        state = int(action[0] > 0)
+        return np.eye(2, dtype=np.float32)[state], float(state), self.steps == 5, False, {}
+
+
 class Endless(gym.Env):
     """One state, one action, reward `reward`, no end but the time limit."""
 
@@ -180,5 +200,6 @@ gym.register("Identity-v0", Identity, max_episode_steps=16)
 gym.register("Constant-v0", Constant, max_episode_steps=8)
 gym.register("Target-v0", Target)
 gym.register("Clock-v0", Clock)
+gym.register("TwoStates-v0", TwoStates)
 gym.register("Endless-v0", Endless, max_episode_steps=8)
 gym.register("Spaces-v0", Spaces, max_episode_steps=20)
