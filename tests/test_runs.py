@@ -86,8 +86,9 @@ def test_checkpoints(name, trained):
     assert steps[0] == 0
     assert args.total_timesteps / 2 <= steps[1] < steps[2]
     assert steps[2] >= args.total_timesteps
-    parts = {"agent", "script", "config", "step", "csv_size"} | ({"optimizer"} if name != "q_learning" else set())
-    parts |= {"target_network", "replay"} if "dqn" in name else set()
+    optimizers = {"q_learning": set(), "sac_continuous": {"q_optimizer", "policy_optimizer", "alpha_optimizer"}}
+    parts = {"agent", "script", "config", "step", "csv_size"} | optimizers.get(name, {"optimizer"})
+    parts |= {"target_network", "replay"} if "dqn" in name or "sac" in name else set()
     for checkpoint in trained(name).checkpoints:
         assert set(checkpoint) == parts
         assert checkpoint["config"] == json.loads(json.dumps(dataclasses.asdict(args)))
