@@ -194,9 +194,9 @@ class Agent(nn.Module):
     def to_env(self, action) -> np.ndarray:
         """`action` (N, A), between -1 and 1, as the environment takes it."""
         check_finite({"action": action})  # because Box2D would end the process at a NaN
-        low, high = self.action_space.low, self.action_space.high
-        action = low + (action.cpu().numpy().reshape(-1, *low.shape) + 1) / 2 * (high - low)
-        return action.clip(low, high).astype(self.action_space.dtype)
+        space = self.action_space
+        action = space.low + (action.cpu().numpy().reshape(-1, *space.shape) + 1) / 2 * (space.high - space.low)
+        return action.clip(space.low, space.high).astype(space.dtype)  # clipped, because sums are rounded
 
     @torch.no_grad()
     def act(self, obs, deterministic: bool) -> np.ndarray:
