@@ -7,7 +7,8 @@ Without --repo-id nothing leaves this machine, so this is also the way to score 
     python push_to_hub.py --checkpoint hf://me/ppo-LunarLander-v3
 
 The package is a folder in hub/ with what the Hub shows and what is needed to use the agent: README.md (the model card),
-model.safetensors, config.json, results.json, replay.mp4, learning_curve.png, the script and logs/.
+model.safetensors, config.json, results.json, replay.mp4, learning_curve.png, the script and logs/, and after self-play
+elo.png.
 
 No code from a checkpoint or a package is run: weights are tensors, flags are JSON, and the script that rebuilds the
 agent is the one beside this file. An environment package:EnvId is code; it needs --trust-env-package.
@@ -71,7 +72,8 @@ TAXI_SEEDS = [
     *(152, 97, 106, 55, 31, 85, 38, 112, 102, 168, 123, 97, 21, 83, 158, 26, 80, 63, 5, 81, 32, 11, 28, 148),
 ]
 # The files of a package. Only these are replaced in an earlier package, here or on the Hub.
-PACKAGE_FILES = "README.md *.py config.json learning_curve.png logs/* model.safetensors replay.mp4 results.json".split()
+PACKAGE_FILES = """README.md *.py config.json elo.png learning_curve.png logs/* model.safetensors replay.mp4
+results.json""".split()
 SCRIPT = Path(__file__)
 
 
@@ -159,9 +161,10 @@ def rebuild(saved: SimpleNamespace, options: Options) -> tuple[ModuleType, objec
 
 def is_course_task(module: ModuleType, args) -> bool:
     """Whether the Deep RL Course scores this environment: no keyword changed, no episode stopped early."""
+    if args.env_id not in THRESHOLDS or json.loads(args.env_kwargs) != {}:
+        return False
     limit = gym.spec(args.env_id.rpartition(":")[2]).max_episode_steps or math.inf
-    is_whole = args.max_eval_steps >= min(limit, module.Args.max_eval_steps)
-    return args.env_id in THRESHOLDS and json.loads(args.env_kwargs) == {} and is_whole
+    return args.max_eval_steps >= min(limit, module.Args.max_eval_steps)
 
 
 def report(env_id: str, returns: np.ndarray):
@@ -255,7 +258,8 @@ def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns,
     repo = options.repo_id or "user/name"
     video = f'<video src="https://huggingface.co/{repo}/resolve/main/replay.mp4" controls loop muted></video>\n\n'
     pictures = video if (folder / "replay.mp4").exists() else ""
-    pictures += "![Training returns](learning_curve.png)\n\n" if (folder / "learning_curve.png").exists() else ""
+    for title, picture in (("Training returns", "learning_curve.png"), ("Elo", "elo.png")):
+        pictures += f"![{title}]({picture})\n\n" if (folder / picture).exists() else ""
     command = plain(shlex.join(["python", f"{name}.py", *to_words(args, module.Args())]))
     cells = [(key, plain(flag).replace("|", "\\|")) for key, flag in asdict(args).items()]
     table = "\n".join(f"| `{key}` | `{flag}` |" for key, flag in cells)
@@ -330,9 +334,11 @@ def make_package(module: ModuleType, args, agent, saved: SimpleNamespace, option
         (folder / "results.json").write_text(json.dumps(results, indent=2), encoding="utf-8")
         shutil.copy(Path(module.__file__), folder / saved.script)
         for source in (saved.folder, saved.folder / "logs"):
-            for path in [*source.glob("events.out.tfevents.*"), *source.glob("episodes.csv")]:
+            for path in [*source.glob("events.out.tfevents.*"), *source.glob("episodes.csv"), *source.glob("elo.*")]:
                 if options.checkpoint.startswith("hf://") or not path.is_symlink():  # a link could point anywhere
                     shutil.copy(path, folder / "logs")
+        if (folder / "logs/elo.png").exists():
+            (folder / "logs/elo.png").replace(folder / "elo.png")
         film(module, args, agent, options, folder / "replay.mp4")
         draw_learning_curve(saved, folder / "learning_curve.png")
         card = model_card(module, args, saved, course_returns, options, folder)

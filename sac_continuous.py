@@ -65,7 +65,7 @@ class Args:
     seed: int = 1  # seed of the weights, the environments and the sampling
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     device: str = "cpu"  # cpu, cuda, cuda:1, mps or auto; networks this small are fastest on the CPU
-    num_threads: int = 1  # CPU threads used by torch
+    num_threads: int = torch.get_num_threads()  # CPU threads used by torch
     num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
     eval_episodes: int = 100  # episodes of the final evaluation; a tenth of them at each checkpoint
     eval_deterministic: bool = True  # evaluate with the most likely or best action, not with a random one

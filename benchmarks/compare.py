@@ -13,7 +13,7 @@ import tyro
 from speed import RESULTS, ROOT, TASKS, run_child, write
 
 
-def main(before: Path, what: str, only: str = "", rounds: int = 5):
+def main(before: Path, what: str, only: str = "", rounds: int = 5, contender: str = "ours"):
     """Measure our scripts in steady state.
 
     Args:
@@ -21,6 +21,7 @@ def main(before: Path, what: str, only: str = "", rounds: int = 5):
         what: what is different, in a few words.
         only: measure only the tasks whose names contain this.
         rounds: how many times to measure each version.
+        contender: "ours", or "ours, float32" for the pixel scripts without bfloat16.
     """
     rows = []
     tasks = [task for task in TASKS if only in task]
@@ -29,7 +30,7 @@ def main(before: Path, what: str, only: str = "", rounds: int = 5):
             row = {"what": what, "task": task, "round": round_number}
             for version, folder in (("before", before.resolve()), ("after", ROOT)):
                 threads = os.cpu_count() if "_atari" in task else 1
-                words = ("--child", "--task", task, "--contender", "ours", "--threads", threads)
+                words = ("--child", "--task", task, "--contender", contender, "--threads", threads)
                 row[version] = run_child(*words, scripts=folder)["steady"]
             rows.append(row)
             write(RESULTS / "compare.csv", rows, keep=lambda old: old["what"] != what or old["task"] not in tasks)

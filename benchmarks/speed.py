@@ -386,8 +386,9 @@ def speed(rounds: int, only: str):
             cores = os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
             rivals += [("sbx", cores)] if TASKS[task][3] in ("PPO", "DQN", "SAC") else []  # SBX has no A2C
-            ours = [("ours", cores)] if pixels else [("ours", 1)]
-            if pixels and importlib.import_module(TASKS[task][0]).parse_args([]).bfloat16:
+            defaults = importlib.import_module(TASKS[task][0]).parse_args([])
+            ours = [("ours", defaults.num_threads)]
+            if pixels and defaults.bfloat16:
                 ours.append(("ours, float32", cores))
             limits = [("ceiling", 1), ("gemm", cores)] if pixels else [("ceiling", 1)]
             for contender, threads in (*ours, *rivals, *limits):

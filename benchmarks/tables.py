@@ -263,6 +263,29 @@ def solve_table() -> str:
     return markdown("| task | bound | seeds | this project | Stable-Baselines3 |", rows)
 
 
+def compare_table() -> str:
+    """Steps per second of two versions in turns."""
+    found = {}
+    for row in read(RESULTS / "compare.csv"):
+        rates = found.setdefault((row["what"], row["task"]), {"before": [], "after": []})
+        for version in rates:
+            rates[version].append(int(row[version]))
+    rows = [
+        [what, task, *(f"{median(rates[version]):,.0f}" for version in rates), ratio(rates, "after", "before")]
+        for (what, task), rates in found.items()
+    ]
+    return markdown("| what | task | before | after | ratio |", rows)
+
+
+def sample_factory_table() -> str:
+    """Steps per second of Sample Factory and of ppo.py."""
+    rates = {}
+    for row in read(RESULTS / "sample_factory.csv"):
+        rates.setdefault(row["contender"], []).append(int(row["steady"]))
+    rows = [[name, f"{median(found):,.0f} [{min(found):,}–{max(found):,}]"] for name, found in rates.items()]
+    return markdown("| contender | steps per second |", rows)
+
+
 def tables() -> dict:
     """The text of each table by its name."""
     atari = ("ppo_atari", "dqn_atari", "ddqn_atari")
@@ -270,7 +293,8 @@ def tables() -> dict:
     for script in ("q_learning", "reinforce", "a2c_continuous", "sac_continuous", "ppo"):
         found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
     found |= {"speed": speed_table(), "speed overall": speed_table("steps_per_second"), "memory": memory_table()}
-    found |= {"replay": replay_table(), "solve": solve_table()}
+    found |= {"replay": replay_table(), "solve": solve_table(), "compare": compare_table()}
+    found["sample factory"] = sample_factory_table()
     minus = re.compile(rf"(?<=[ {NBSP}(:>])-(?=[\d ])")  # not that of a flag or of a row of dashes
     return {name: text if name.startswith("commands") else minus.sub("−", text) for name, text in found.items()}
 
