@@ -7,8 +7,7 @@ Without --repo-id nothing leaves this machine, so this is also the way to score 
     python push_to_hub.py --checkpoint hf://me/ppo-LunarLander-v3
 
 The package is a folder in hub/ with what the Hub shows and what is needed to use the agent: README.md (the model card),
-model.safetensors, config.json, results.json, replay.mp4, learning_curve.png, the script and logs/, and after self-play
-elo.png.
+model.safetensors, config.json, results.json, replay.mp4, learning_curve.png, the script and logs/.
 
 No code from a checkpoint or a package is run: weights are tensors, flags are JSON, and the script that rebuilds the
 agent is the one beside this file. An environment package:EnvId is code; it needs --trust-env-package.
@@ -72,8 +71,7 @@ TAXI_SEEDS = [
     *(152, 97, 106, 55, 31, 85, 38, 112, 102, 168, 123, 97, 21, 83, 158, 26, 80, 63, 5, 81, 32, 11, 28, 148),
 ]
 # The files of a package. Only these are replaced in an earlier package, here or on the Hub.
-PACKAGE_FILES = """README.md *.py config.json elo.png learning_curve.png logs/* model.safetensors replay.mp4
-results.json""".split()
+PACKAGE_FILES = "README.md *.py config.json learning_curve.png logs/* model.safetensors replay.mp4 results.json".split()
 SCRIPT = Path(__file__)
 
 
@@ -254,11 +252,10 @@ def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns,
     """The README.md of the package in `folder`."""
     name = module.__name__
     value = f"{course_returns.mean():.2f} +/- {course_returns.std():.2f}"
-    how = "the most likely" if args.eval_deterministic else "sampled"
     repo = options.repo_id or "user/name"
     video = f'<video src="https://huggingface.co/{repo}/resolve/main/replay.mp4" controls loop muted></video>\n\n'
     pictures = video if (folder / "replay.mp4").exists() else ""
-    for title, picture in (("Training returns", "learning_curve.png"), ("Elo", "elo.png")):
+    for title, picture in (("Training returns", "learning_curve.png"), ("Elo", "logs/elo.png")):
         pictures += f"![{title}]({picture})\n\n" if (folder / picture).exists() else ""
     command = plain(shlex.join(["python", f"{name}.py", *to_words(args, module.Args())]))
     cells = [(key, plain(flag).replace("|", "\\|")) for key, flag in asdict(args).items()]
@@ -270,7 +267,8 @@ def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns,
 # {name} on {plain(args.env_id)}
 
 An agent trained with SoloRL's one-file [`{name}.py`]({name}.py) for {saved.step:,} environment steps. Over
-{len(course_returns)} episodes with {how} actions its return is **{value}**.
+{len(course_returns)} episodes with {"the most likely" if args.eval_deterministic else "sampled"} actions its return is
+**{value}**.
 
 {pictures}## Train it again
 
@@ -337,8 +335,6 @@ def make_package(module: ModuleType, args, agent, saved: SimpleNamespace, option
             for path in [*source.glob("events.out.tfevents.*"), *source.glob("episodes.csv"), *source.glob("elo.*")]:
                 if options.checkpoint.startswith("hf://") or not path.is_symlink():  # a link could point anywhere
                     shutil.copy(path, folder / "logs")
-        if (folder / "logs/elo.png").exists():
-            (folder / "logs/elo.png").replace(folder / "elo.png")
         film(module, args, agent, options, folder / "replay.mp4")
         draw_learning_curve(saved, folder / "learning_curve.png")
         card = model_card(module, args, saved, course_returns, options, folder)

@@ -176,6 +176,28 @@ def draw_bfloat16() -> Figure:
     return figure
 
 
+def draw_elo() -> Figure:
+    """The Elo rating in training, a line for each seed; what the yardsticks have on average as dashed lines."""
+    axis = (figure := Figure(figsize=(8, 3.6), layout="constrained")).subplots()
+    rows = read(RESULTS / "elo.csv")
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for variant, color in zip(variants, (OURS, OTHER)):
+        runs = {}
+        for row in rows:
+            if row["variant"] == variant:
+                runs.setdefault(row["seed"], []).append((int(row["step"]) / 1e6, float(row["agent"])))
+        for seed, run in runs.items():
+            label = f"{variant}, {len(runs)} seed{'s' * (len(runs) > 1)}" if seed == next(iter(runs)) else None
+            axis.plot(*zip(*run), color=color, linewidth=1.8, label=label)
+    for name in ("random", "minimax-1", "minimax-2", "minimax-4"):
+        rating = np.mean([float(row[name]) for row in rows])
+        axis.axhline(rating, color=GREY, linestyle="--", linewidth=1)
+        axis.text(1.01, rating, name, transform=axis.get_yaxis_transform(), va="center", fontsize=8.5)
+    axis.set(xlabel="million steps", ylabel="Elo", xlim=(0, None))
+    axis.legend(loc="lower right")
+    return figure
+
+
 def pictures() -> dict:
     """The function that draws each picture, by the picture's name."""
     scripts = dict.fromkeys(row["script"] for row in read(CURVES))
@@ -186,6 +208,7 @@ def pictures() -> dict:
         "baselines": draw_baselines,
         "overestimation": draw_overestimation,
         "bfloat16": draw_bfloat16,
+        "elo": draw_elo,
     }
 
 

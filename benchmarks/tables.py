@@ -51,6 +51,7 @@ OVERVIEW = [
     ("reinforce", "REINFORCE", ""),
     ("a2c_continuous", "A2C (continuous)", ""),
     ("ppo", "PPO", ""),
+    ("ppo_selfplay", "PPO by self-play", None),
     ("ppo_atari", "PPO from pixels", "Pong"),
     ("ppo_atari_multigpu", "PPO, several GPUs", None),
     ("dqn_atari", "DQN from pixels", "Pong"),
@@ -129,6 +130,11 @@ def overview() -> str:
     rows = []
     for script, what, part in OVERVIEW:
         cells = ["–", "not measured", "–"]
+        if script == "ppo_selfplay":
+            runs = [row for row in read(RESULTS / "selfplay.csv") if row["variant"] == "pool"]
+            wins = ", ".join(f"{float(row['minimax-4']):.0%}" for row in runs)
+            rows.append([f"[{script}.py]({script}.py)", what, "Connect Four, 6 M", f"{wins} †", duration(runs)])
+            continue
         runs = next((runs for flags, runs in measured(script) if part is not None and part in flags), None)
         if runs:
             means = [float(row["mean"]) for row in runs]
@@ -263,6 +269,16 @@ def solve_table() -> str:
     return markdown("| task | bound | seeds | this project | Stable-Baselines3 |", rows)
 
 
+def selfplay_table() -> str:
+    """The score of each agent of ppo_selfplay.py against each opponent."""
+    opponents = ("random", "minimax-1", "minimax-2", "minimax-3", "minimax-4")
+    rows = [
+        [row["variant"], row["seed"], *(f"{float(row[name]):.1%}" for name in opponents), duration([row])]
+        for row in read(RESULTS / "selfplay.csv")
+    ]
+    return markdown(f"| opponents in training | seed | {' | '.join(opponents)} | time |", rows)
+
+
 def compare_table() -> str:
     """Steps per second of two versions in turns."""
     found = {}
@@ -294,7 +310,7 @@ def tables() -> dict:
         found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
     found |= {"speed": speed_table(), "speed overall": speed_table("steps_per_second"), "memory": memory_table()}
     found |= {"replay": replay_table(), "solve": solve_table(), "compare": compare_table()}
-    found["sample factory"] = sample_factory_table()
+    found |= {"sample factory": sample_factory_table(), "selfplay": selfplay_table()}
     minus = re.compile(rf"(?<=[ {NBSP}(:>])-(?=[\d ])")  # not that of a flag or of a row of dashes
     return {name: text if name.startswith("commands") else minus.sub("−", text) for name, text in found.items()}
 

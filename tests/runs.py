@@ -24,6 +24,7 @@ FLAGS = {
     "sac_continuous": "--env-id LunarLanderContinuous-v3 --total-timesteps 1600 --num-envs 2 --hidden-size 16 "
     "--learning-starts 200 --batch-size 8 --buffer-size 1000 --log-interval 100 --save-replay",
     "ppo": f"--env-id CartPole-v1 --total-timesteps 1600 {PPO} --update-epochs 2",
+    "ppo_selfplay": f"--total-timesteps 1600 {PPO} --update-epochs 2 --snapshot-interval 200 --rated-games 2",
     "ppo_atari": f"{PIXELS} --total-timesteps 1024 {PPO} --update-epochs 1",
     "ppo_atari_multigpu": f"{PIXELS} --total-timesteps 1024 {PPO} --update-epochs 1",
     "dqn_atari": f"{PIXELS} {DQN}",

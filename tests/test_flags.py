@@ -188,6 +188,15 @@ CHECKS = {
         "--env-id toy_envs:Constant-v0 --capture-video": "no render mode rgb_array",
         """--vectorization-mode async --env-kwargs '{"foo": 1}'""": "unexpected keyword argument 'foo'",
     },
+    "ppo_selfplay": {
+        "--num-minibatches 3": "must divide 8192 steps",
+        "--total-timesteps 8191": "less than the 8192 steps of one rollout",
+        "--latest-ratio 1.5": "at most 1",
+        "--env-id CartPole-v1": "must be one of connect_four_v3, tictactoe_v3",
+        """--env-kwargs '{"length": 7}'""": "no line of 7 stones on 6 rows and 7 columns",
+        """--env-kwargs '{"rowz": 7}'""": "rowz",
+        "--play nowhere": "no checkpoint",
+    },
     "ppo_atari": {
         "--num-minibatches 3": "must divide 1024 steps",
         "--env-id CartPole-v1": "must be an Atari game",

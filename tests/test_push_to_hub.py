@@ -124,6 +124,14 @@ def test_model_card_is_what_the_course_reads(trained):
     )
 
 
+def test_the_card_shows_the_elo_ratings(trained):
+    folder = package(trained("ppo_selfplay").folder)
+    assert "![Elo](logs/elo.png)" in (folder / "README.md").read_text()
+    assert (folder / "logs/elo.png").read_bytes() == (trained("ppo_selfplay").folder / "elo.png").read_bytes()
+    assert (folder / "logs/elo.csv").exists()
+    assert "elo" not in (package(trained("ppo").folder) / "README.md").read_text()
+
+
 # --- the Deep RL Course ---
 
 

@@ -42,6 +42,7 @@ METRICS = {
     "a2c_continuous": PPO_METRICS - {"train/approx_kl", "train/clip_fraction"},
     "sac_continuous": {"loss/td", "loss/policy", "loss/entropy", "train/q_value", "train/alpha"},
     "ppo": PPO_METRICS,
+    "ppo_selfplay": PPO_METRICS,
     "ppo_atari": PPO_METRICS,
     "ppo_atari_multigpu": PPO_METRICS,
     "dqn_atari": {"loss/td", "train/q_value", "train/epsilon"},
@@ -64,7 +65,8 @@ def test_the_run_folder(name, trained):
     args = module_of(name).parse_args(flags_of(name))
     assert ours.folder.name.startswith(f"{args.env_id}__{name}__1__")
     names = {path.name for path in ours.folder.iterdir() if "tfevents" not in path.name}
-    assert names == {"checkpoint.pt", "config.json", "episodes.csv", "results.json", f"{name}.py"}
+    expected = {"checkpoint.pt", "config.json", "episodes.csv", "results.json", f"{name}.py"}
+    assert names == expected | ({"elo.csv", "elo.png"} if name == "ppo_selfplay" else set())
     assert len(list(ours.folder.glob("events.out.tfevents.*"))) == 1
     assert (ours.folder / f"{name}.py").read_bytes() == (ROOT / f"{name}.py").read_bytes()
 
@@ -89,6 +91,7 @@ def test_checkpoints(name, trained):
     optimizers = {"q_learning": set(), "sac_continuous": {"q_optimizer", "policy_optimizer", "alpha_optimizer"}}
     parts = {"agent", "script", "config", "step", "csv_size"} | optimizers.get(name, {"optimizer"})
     parts |= {"target_network", "replay"} if "dqn" in name or "sac" in name else set()
+    parts |= {"pool"} if name == "ppo_selfplay" else set()
     for checkpoint in trained(name).checkpoints:
         assert set(checkpoint) == parts
         assert checkpoint["config"] == json.loads(json.dumps(dataclasses.asdict(args)))
@@ -100,7 +103,7 @@ def test_checkpoints(name, trained):
 @every_script
 def test_metrics_are_logged(name, trained):
     folder = trained(name).folder
-    assert metric_names(folder) == ALWAYS | METRICS[name]
+    assert metric_names(folder) == ALWAYS | METRICS[name] | ({"eval/elo"} if name == "ppo_selfplay" else set())
     evaluated = [event.step for event in scalars(folder, "eval/return_mean")]
     assert evaluated == [checkpoint["step"] for checkpoint in trained(name).checkpoints]
     assert all(event.value > 5 for event in scalars(folder, "time/sps"))  # steps a second, not seconds

@@ -18,6 +18,7 @@ AIMS = {
     "a2c_continuous": (560, 400),
     "sac_continuous": (580, 410),
     "ppo": (595, 420),
+    "ppo_selfplay": (830, 590),
     "ppo_atari": (560, 395),
     "ppo_atari_multigpu": (640, 440),
     "dqn_atari": (600, 420),
@@ -33,6 +34,12 @@ PAIRS = {  # (script, script): names of both whose text differs, names of the fi
         {"Args", "Agent", "make_envs"},
         {"RunningNorm", "make_layer", "make_mlp", "Categorical", "Gaussian"},
         {"AtariGames", "init_layer"},
+    ),
+    ("ppo", "ppo_selfplay"): (
+        {"Args", "Agent", "make_envs", "train"},
+        {"RunningNorm", "make_layer", "make_mlp", "Gaussian"},
+        {"Board", "minimax", "Minimax", "TwoPlayerGames", "OPPONENTS", "GAMES", "init_layer"}
+        | {"Pool", "play_match", "elo", "rate", "Human", "play_in_terminal"},
     ),
     ("ppo_atari", "ppo_atari_multigpu"): (
         {"Args", "train"},
