@@ -98,7 +98,7 @@ class Args:
     pool_size: int = 10  # how many of the last snapshots are kept as opponents
     latest_ratio: float = 0.5  # probability that the opponent of a game is the newest snapshot, not any of the pool
     eval_opponent: Literal["random", "minimax-1", "minimax-2", "minimax-3", "minimax-4"] = "minimax-2"  # of evaluations
-    rated_games: int = 20  # games between each two players for the Elo rating at each checkpoint
+    rated_games: int = 10  # games between each two players for the Elo rating at each checkpoint
     play: str | None = None  # run folder of an agent to play against in the terminal, instead of training
 
     def check(self):

@@ -29,7 +29,7 @@ def train(variant: str, seed: int) -> tuple:
     """Train an agent, or continue a run that was stopped; returns the run folder and the wall time in seconds."""
     folder = ROOT / "runs" / "selfplay" / f"{re.sub(' ', '-', variant)}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    flags = [*VARIANTS[variant].split(), "--seed", str(seed)]
+    flags = [*VARIANTS[variant].split(), "--seed", str(seed), "--rated-games", "20"]
     flags += [word for run in folder.glob("runs/*") for word in ("--resume", str(run))]
     start = time.perf_counter()
     subprocess.run([sys.executable, str(ROOT / "ppo_selfplay.py"), *flags], cwd=folder, check=True)

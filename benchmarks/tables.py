@@ -230,8 +230,8 @@ def speed_table(column: str = "steady") -> str:
                 cells += [ratio(rates, ours, "sb3"), ratio(rates, ours, "sbx")]
                 if column == "steady":
                     limit = rates["gemm" if "gemm" in rates else "ceiling"]
-                    share = f"{median(a / b for a, b in zip(rates[ours], limit)):.0%}".replace("%", f"{NBSP}%")
-                    cells += [f"{median(limit):,.0f}", share]
+                    share = median(a / b for a, b in zip(rates[ours], limit))
+                    cells += [f"{median(limit):,.0f}", f"{share:.0%}".replace("%", f"{NBSP}%") if share > 0.01 else "–"]
                 rows.append(cells)
     head = "| task | this project | Stable-Baselines3 | SBX | ratio to Stable-Baselines3 | ratio to SBX |"
     return markdown(head + " limit | share |" * (column == "steady"), rows)
