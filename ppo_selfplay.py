@@ -503,7 +503,7 @@ def rate(agent: nn.Module, pool: Pool, args: Args, run):
     for name, curve in zip((*OPPONENTS, "agent"), zip(*pool.ratings.values())):
         axes.plot(list(pool.ratings), curve, label=name, linewidth=2.5 if name == "agent" else 1)
     axes.set(xlabel="environment steps", ylabel="Elo")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(run.folder / "elo.png", dpi=120)
 
 

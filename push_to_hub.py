@@ -62,6 +62,7 @@ THRESHOLDS = {
     "Taxi-v4": 4.5,
     "SpaceInvadersNoFrameskip-v4": 200.0,
     "panda_gym:PandaReachDense-v3": -3.5,
+    "doom_health_gathering_supreme": 5.0,
 }
 # The seeds with which the course evaluates Taxi.
 TAXI_SEEDS = [
@@ -266,9 +267,8 @@ def model_card(module: ModuleType, args, saved: SimpleNamespace, course_returns,
 
 # {name} on {plain(args.env_id)}
 
-An agent trained with SoloRL's one-file [`{name}.py`]({name}.py) for {saved.step:,} environment steps. Over
-{len(course_returns)} episodes with {"the most likely" if args.eval_deterministic else "sampled"} actions its return is
-**{value}**.
+An agent trained with SoloRL's one-file [`{name}.py`]({name}.py) for {saved.step:,} environment steps. Its
+return over {len(course_returns)} episodes is **{value}**, with deterministic actions: {args.eval_deterministic}.
 
 {pictures}## Train it again
 

@@ -54,6 +54,7 @@ OVERVIEW = [
     ("ppo_selfplay", "PPO by self-play", None),
     ("ppo_atari", "PPO from pixels", "Pong"),
     ("ppo_atari_multigpu", "PPO, several GPUs", None),
+    ("ppo_doom", "PPO on Doom", None),
     ("dqn_atari", "DQN from pixels", "Pong"),
     ("ddqn_atari", "Double DQN", "SpaceInvaders"),
     ("sac_continuous", "SAC (continuous)", ""),

@@ -11,7 +11,7 @@ from gymnasium.vector import AutoresetMode
 
 from runs import SCRIPTS, every_script, flags_of, module_of, results, run, scalars, tensors
 
-VECTOR_SCRIPTS = [name for name in SCRIPTS if not name.endswith(("_atari", "_multigpu"))]
+VECTOR_SCRIPTS = [name for name in SCRIPTS if not name.endswith(("_atari", "_doom", "_multigpu"))]
 
 
 def rebuilt(name, trained):
@@ -55,7 +55,7 @@ def test_training_resets_at_once_and_evaluation_one_step_later(name):
 def test_observations_are_copies_of_the_networks_type(name):
     module = module_of(name)
     args = module.parse_args(flags_of(name))
-    wanted = np.uint8 if "atari" in name else np.float32
+    wanted = np.uint8 if "atari" in name or "doom" in name else np.float32
     for evaluation in (False, True):
         envs = module.make_envs(args, 2, evaluation)
         first, _ = envs.reset(seed=[1, 2])

@@ -16,7 +16,7 @@ import torch
 
 from runs import ROOT, SCRIPTS, every_script, files, flags_of, module_of, refusal, results, run, same_weights
 
-PIXEL_SCRIPTS = [name for name in SCRIPTS if name.endswith(("_atari", "_multigpu"))]
+PIXEL_SCRIPTS = [name for name in SCRIPTS if name.endswith(("_atari", "_doom", "_multigpu"))]
 
 
 # --- spelling ---
@@ -203,6 +203,7 @@ CHECKS = {
         "--env-id Breakout-v4": "must be an Atari game",
         """--env-kwargs '{"game": "pong"}'""": "multiple values",
     },
+    "ppo_doom": {"--num-minibatches 3": "must divide 1024 steps"},
     "ppo_atari_multigpu": {
         "--num-minibatches 3": "must divide 1024 steps",
         "--env-id CartPole-v1": "must be an Atari game",

@@ -44,6 +44,7 @@ METRICS = {
     "ppo": PPO_METRICS,
     "ppo_selfplay": PPO_METRICS,
     "ppo_atari": PPO_METRICS,
+    "ppo_doom": PPO_METRICS,
     "ppo_atari_multigpu": PPO_METRICS,
     "dqn_atari": {"loss/td", "train/q_value", "train/epsilon"},
     "ddqn_atari": {"loss/td", "train/q_value", "train/epsilon"},
