@@ -7,11 +7,11 @@ policy is paid for its entropy, so it stays as random as the task allows, and ex
 temperature α, is learned too. Actions must be Box.
 
     python sac_continuous.py                                      # Pendulum-v1: -157, -140 and -137 with three seeds
-    python sac_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --learning-starts 10_000
-    python sac_continuous.py --env-id BipedalWalker-v3 --total-timesteps 500_000 --learning-starts 10_000
+    python sac_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 \
+        --updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01
     python sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
 
-The other lines are not measured yet. The replay is not in the checkpoint, unless you add --save-replay: without it, a
+The last line is not measured yet. The replay is not in the checkpoint, unless you add --save-replay: without it, a
 resumed run first fills a new replay.
 
 Papers

@@ -25,6 +25,7 @@ REFERENCES = [
     ("a2c_continuous", "Pendulum", -163, "RL Zoo -163 ± 103, 1 M steps"),
     ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo 3041, v3, 1 M steps"),
     ("a2c_continuous", "", 300, "RL Zoo 300 ± 23, 5 M steps"),
+    ("sac_continuous", "LunarLander", 260, "RL Zoo 260 ± 65, 500 k steps"),
     ("sac_continuous", "", -157, "RL Zoo -157 ± 89, 20 k steps"),
     ("ppo", "CartPole", 500, "RL Zoo 500 ± 0, 100 k steps"),
     ("ppo", "Acrobot", -73.5, "RL Zoo -73.5 ± 18.2, 1 M steps"),
@@ -133,8 +134,8 @@ def overview() -> str:
         cells = ["–", "not measured", "–"]
         if script == "ppo_selfplay":
             runs = [row for row in read(RESULTS / "selfplay.csv") if row["variant"] == "pool"]
-            wins = ", ".join(f"{float(row['minimax-4']):.0%}" for row in runs)
-            rows.append([f"[{script}.py]({script}.py)", what, "Connect Four, 6 M", f"{wins} †", duration(runs)])
+            wins = ", ".join(f"{100 * float(row['minimax-4']):g}" for row in runs)
+            rows.append([f"[{script}.py]({script}.py)", what, "Connect Four, 6 M", f"{wins} % †", duration(runs)])
             continue
         runs = next((runs for flags, runs in measured(script) if part is not None and part in flags), None)
         if runs:
@@ -274,7 +275,7 @@ def selfplay_table() -> str:
     """The score of each agent of ppo_selfplay.py against each opponent."""
     opponents = ("random", "minimax-1", "minimax-2", "minimax-3", "minimax-4")
     rows = [
-        [row["variant"], row["seed"], *(f"{float(row[name]):.1%}" for name in opponents), duration([row])]
+        [row["variant"], row["seed"], *(f"{100 * float(row[name]):g}" for name in opponents), duration([row])]
         for row in read(RESULTS / "selfplay.csv")
     ]
     return markdown(f"| opponents in training | seed | {' | '.join(opponents)} | time |", rows)

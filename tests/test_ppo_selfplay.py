@@ -283,7 +283,8 @@ def test_opponents_are_drawn_from_the_pool(monkeypatch):
         ),
     )
     luck = np.random.default_rng(0).random((1000, 2))
-    pool.choose(np.repeat(position(agent.board, [3]), 1000, axis=0), luck, None)
+    action = pool.choose(np.repeat(position(agent.board, [3]), 1000, axis=0), luck, None)
+    assert set(action) == set(range(7))  # they sample their actions
     counts = dict(asked)
     assert len(asked) == len(counts) == 4  # one batch for each snapshot
     assert sum(counts.values()) == 1000
