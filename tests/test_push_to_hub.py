@@ -18,7 +18,7 @@ import ppo
 import push_to_hub
 from conftest import ROOT
 from hub_server import TOKEN, serve
-from runs import SCRIPTS, load, run
+from runs import HAS_DOOM, SCRIPTS, load, run
 from runs import results as training_results
 
 OPTIONS = ["--video-seconds", "1"]
@@ -176,6 +176,23 @@ def test_the_verdict_of_the_course(capsys):
     script = FakeScript(9.0)
     assert "Course" not in scored(capsys, script, "--env-id", "Taxi-v4", "--env-kwargs", '{"is_rainy": true}')[0]
     assert script.seeds == [None]
+
+
+@pytest.mark.skipif(not HAS_DOOM, reason="VizDoom is not installed: pip install -r requirements-extra.txt")
+def test_doom_is_scored_and_tagged_as_in_the_course(trained, capsys):
+    """The card of Sample Factory's agents names the task doom_health_gathering_supreme; so does ours."""
+    from huggingface_hub import ModelCard, metadata_load
+
+    run("ppo_doom", "--env-id", "doom_health_gathering_supreme", "--total-timesteps", "32", "--num-checkpoints", "1")
+    (folder,) = Path("runs").iterdir()
+    folder = package(folder)
+    assert "Deep RL Course: 5.0 asked for, not reached" in capsys.readouterr().out
+    tags = ModelCard.load(folder / "README.md").data.tags
+    assert {"reinforcement-learning", "deep-rl-course", "doom_health_gathering_supreme"} <= set(tags)
+    dataset = metadata_load(folder / "README.md")["model-index"][0]["results"][0]["dataset"]
+    assert dataset == {"name": "doom_health_gathering_supreme", "type": "doom_health_gathering_supreme"}
+    package(trained("ppo_doom").folder)  # another scenario
+    assert "Course" not in capsys.readouterr().out
 
 
 # --- files of the user ---
