@@ -53,7 +53,6 @@ import tyro
 from gymnasium.spaces import Box, Discrete
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -498,6 +497,8 @@ def rate(agent: nn.Module, pool: Pool, args: Args, run):
     run.log({"eval/elo": ratings[len(yardsticks)]})
     rows = [f"{step},{','.join(map(str, row))}\n" for step, row in pool.ratings.items()]
     (run.folder / "elo.csv").write_text(f"step,{','.join(OPPONENTS)},agent\n{''.join(rows)}")
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.subplots()
     for name, curve in zip((*OPPONENTS, "agent"), zip(*pool.ratings.values())):

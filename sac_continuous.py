@@ -27,6 +27,7 @@ environments start anew at each checkpoint.
 import copy
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -65,7 +66,7 @@ class Args:
     seed: int = 1  # seed of the weights, the environments and the sampling
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     device: str = "cpu"  # cpu, cuda, cuda:1, mps or auto; networks this small are fastest on the CPU
-    num_threads: int = torch.get_num_threads()  # CPU threads used by torch
+    num_threads: int = os.cpu_count() or 1  # CPU threads used by torch
     num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
     eval_episodes: int = 100  # episodes of the final evaluation; a tenth of them at each checkpoint
     eval_deterministic: bool = True  # evaluate with the most likely or best action, not with a random one
@@ -232,8 +233,7 @@ class ReplayBuffer:
         num_envs = len(step["reward"])
         rows = (self.next_row + torch.arange(num_envs)) % self.buffer_size
         for name, value in step.items():
-            column = self.columns[name]
-            column[rows] = torch.as_tensor(value).to(column)
+            self.columns[name][rows] = torch.as_tensor(value).to(self.columns[name])
         self.next_row = (self.next_row + num_envs) % self.buffer_size
         self.size = min(self.size + num_envs, self.buffer_size)
 
