@@ -4,13 +4,13 @@ The algorithm is that of ppo_atari.py, word for word: `diff ppo_atari.py ppo_doo
 Python needs that AtariVectorEnv did in C++. The agent sees the last four screens, in grey and scaled to 84 x 84. An
 action lasts four of the game's 35 tics a second, which is one step. It needs `pip install -r requirements-extra.txt`.
 
-    python ppo_doom.py --env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --reward-scale 0.01
-    python ppo_doom.py                                            # health gathering, 1 M steps: not measured yet
-    python ppo_doom.py --env-kwargs '{"screen_format": "RGB24", "render_hud": true}'     # in colour, health in numbers
+    python ppo_doom.py --env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4
+    python ppo_doom.py                                            # health gathering, 1 M steps: 13.3 with one seed
 
 --env-id is a scenario of VizDoom [Doom], played with one button at a time; --env-kwargs are entries of its config file.
 The default is the task of the Deep RL Course: the floor hurts, and medikits heal. Its score is 0.01 for each tic alive,
-at most 21. Training adds 1 to the reward when the health rises [SF]; neither evaluations nor episodes.csv have that.
+at most 21. Only training adds 1 to the reward when the health rises [SF], and scales VizDoom's rewards by 0.01: the
+agent cannot see its health, so every death is a surprise, and at full size this noise hides that medikits are good.
 
 Papers
     [PPO]    Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
@@ -21,9 +21,9 @@ Papers
     [Doom]   Kempka et al. 2016, ViZDoom: A Doom-based AI Research Platform for Visual RL, arXiv:1605.02097
     [SF]     Petrenko et al. 2020, Sample Factory: Egocentric 3D Control from Pixels, arXiv:2006.11751
 
-Deviations from [PPO]: four epochs instead of three, value loss weight 0.5 instead of 1, constant clip range 0.1; the
-network computes in bfloat16 if the CPU has AVX512-BF16; at the time limit an episode bootstraps from its last screen;
-the games start anew at each checkpoint. From [SF]: no recurrent network, grey instead of colour.
+Deviations from [PPO]: two epochs instead of three, twice the learning rate, value loss weight 0.5 instead of 1, clip
+range constant; the network computes in bfloat16 if the CPU has AVX512-BF16; at the time limit an episode bootstraps
+from its last screen; the games start anew at each checkpoint. From [SF]: no recurrent network, grey instead of colour.
 """
 
 import importlib
@@ -79,16 +79,16 @@ class Args:
 
     num_envs: int = 8  # parallel environments (N)
     num_steps: int = 128  # steps per environment in each rollout (T)
-    reward_scale: float = 1.0  # in training, factor of the rewards
+    reward_scale: float = 0.01  # in training, factor of the rewards of VizDoom
     health_bonus: float = 1.0  # in training, added to the reward whenever the health rises
     bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # for all but the last layers; fast on GPUs
     compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
-    learning_rate: float = 2.5e-4  # of Adam, at the start
+    learning_rate: float = 5e-4  # of Adam, at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to zero
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # λ of generalized advantage estimation
     num_minibatches: int = 4  # minibatches per epoch, of B steps each
-    update_epochs: int = 4  # passes over each rollout
+    update_epochs: int = 2  # passes over each rollout
     clip_coef: float = 0.1  # ε of the clipped surrogate objective
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss

@@ -10,7 +10,7 @@ from statistics import median
 
 import tyro
 
-from speed import RESULTS, ROOT, TASKS, run_child, write
+from speed import PIXELS, RESULTS, ROOT, TASKS, run_child, write
 
 
 def main(before: Path, what: str, only: str = "", rounds: int = 5, contender: str = "ours"):
@@ -29,7 +29,7 @@ def main(before: Path, what: str, only: str = "", rounds: int = 5, contender: st
         for round_number in range(1, rounds + 1):
             row = {"what": what, "task": task, "round": round_number}
             for version, folder in (("before", before.resolve()), ("after", ROOT)):
-                threads = os.cpu_count() if "_atari" in task else 1
+                threads = os.cpu_count() if TASKS[task][0] in PIXELS else 1
                 words = ("--child", "--task", task, "--contender", contender, "--threads", threads)
                 row[version] = run_child(*words, scripts=folder)["steady"]
             rows.append(row)

@@ -57,7 +57,8 @@ TABLE = [
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", 3),
     ("sac_continuous", "", 3),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
-     "--updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 --num-threads 1", 3),
+     "--updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 "
+     "--no-autotune --alpha 0.2 --num-threads 1", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
@@ -67,6 +68,9 @@ TABLE = [
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 3),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1", 1),
+    ("ppo_doom", "--num-threads 1", 3),
+    ("ppo_doom", "--env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4 "
+     "--num-threads 1", 3),
     ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
      "--learning-starts 10_000 --train-frequency 2", 1),
     ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "

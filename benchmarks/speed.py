@@ -79,6 +79,13 @@ TASKS = {
         {"n_steps": 128, "batch_size": 256, "n_epochs": 4, "learning_rate": 2.5e-4, "clip_range": 0.1}
         | {"ent_coef": 0.01},
     ),
+    "ppo_doom health gathering, 8 envs": (  # Stable-Baselines3 has no such environment
+        "ppo_doom",
+        20_480,
+        "--no-anneal-lr --max-eval-steps 100",
+        None,
+        None,
+    ),
     "dqn_atari Breakout, Stable-Baselines3 with 1 env": (
         "dqn_atari",
         8_000,
@@ -108,6 +115,9 @@ TASKS = {
 
 # contenders with a quarter of the steps from pixels: SBX takes long, and counting the arithmetic needs a few steps only
 SHORTER = ("sbx", "gemm")
+
+# scripts whose network sees pixels: they run on all cores, and in bfloat16 where the processor has it
+PIXELS = ("ppo_atari", "ppo_doom", "dqn_atari", "ddqn_atari")
 
 # script: steps of a rollout, the same for every number of environments
 SCALING = {"ppo": 16_384, "ppo_atari": 1024}
@@ -182,11 +192,11 @@ def measure_sb3(task: str, steps: int, library: str = "stable_baselines3") -> tu
     hyperparameters = dict(hyperparameters)
     args = importlib.import_module(script).parse_args(flags.split())
     num_envs = hyperparameters.pop("n_envs", args.num_envs)
-    if script.endswith("_atari"):
+    if script in PIXELS:
         envs = VecFrameStack(make_atari_env(args.env_id, n_envs=num_envs), n_stack=4)
     else:
         envs = make_vec_env(args.env_id, n_envs=num_envs)
-    policy = "CnnPolicy" if script.endswith("_atari") else "MlpPolicy"
+    policy = "CnnPolicy" if script in PIXELS else "MlpPolicy"
     if library == "sbx":
         hyperparameters.pop("optimize_memory_usage", None)
     model = getattr(importlib.import_module(library), algorithm)(policy, envs, device="cpu", **hyperparameters)
@@ -354,7 +364,7 @@ def child(task: str, contender: str, threads: int):
     measures |= {"ceiling": measure_ceiling, "gemm": measure_gemm}
     library = importlib.import_module({"sb3": "stable_baselines3", "sbx": "sbx"}.get(contender, "torch"))
     importlib.import_module(TASKS[task][0])
-    steps = TASKS[task][1] // (4 if "_atari" in task and contender in SHORTER else 1)
+    steps = TASKS[task][1] // (4 if TASKS[task][0] in PIXELS and contender in SHORTER else 1)
     start = time.perf_counter()
     steps, steady = measures[contender](task, steps)
     seconds = time.perf_counter() - start
@@ -362,11 +372,11 @@ def child(task: str, contender: str, threads: int):
     print("RESULT", json.dumps(result | {"version": library.__version__}))
 
 
-def run_child(*words, scripts: Path = ROOT) -> dict:
-    """Run this file as a child in an empty folder, with the scripts of a folder; returns what it measured."""
+def run_child(*words, scripts: Path = ROOT, program: str = __file__) -> dict:
+    """Run a program as a child in an empty folder, with the scripts of a folder; returns what it measured."""
     path = os.pathsep.join([str(scripts), os.environ.get("PYTHONPATH", "")])
     with TemporaryDirectory() as folder:
-        command = [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
+        command = [sys.executable, str(Path(program).resolve()), *map(str, words)]
         result = subprocess.run(
             command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
         )
@@ -382,7 +392,7 @@ def speed(rounds: int, only: str):
     tasks = [task for task in TASKS if only in task]
     for round_number in range(1, rounds + 1):
         for task in tasks:
-            pixels = "_atari" in task
+            pixels = TASKS[task][0] in PIXELS
             cores = os.cpu_count()
             rivals = [("sb3", threads) for threads in ((cores,) if pixels else (1, 2)) if TASKS[task][3]]
             rivals += [("sbx", cores)] if TASKS[task][3] in ("PPO", "DQN", "SAC") else []  # SBX has no A2C

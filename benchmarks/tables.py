@@ -45,6 +45,8 @@ REFERENCES = [
     ("dqn_atari", "Qbert", 9497, "RL Zoo 9497, 10 M steps"),
     ("dqn_atari", "Seaquest", 2000, "RL Zoo 2000, 10 M steps"),
     ("ddqn_atari", "", None, "–"),
+    ("ppo_doom", "Basic", None, "–"),
+    ("ppo_doom", "", 18.7, "cards on the Hub, 6.9 ± 2.8 to 18.7 ± 4.7"),
 ]
 # script, what it is, a part of the flags of the task that README.md shows
 OVERVIEW = [
@@ -55,7 +57,7 @@ OVERVIEW = [
     ("ppo_selfplay", "PPO by self-play", None),
     ("ppo_atari", "PPO from pixels", "Pong"),
     ("ppo_atari_multigpu", "PPO, several GPUs", None),
-    ("ppo_doom", "PPO on Doom", None),
+    ("ppo_doom", "PPO on Doom", ""),
     ("dqn_atari", "DQN from pixels", "Pong"),
     ("ddqn_atari", "Double DQN", "SpaceInvaders"),
     ("sac_continuous", "SAC (continuous)", ""),
@@ -76,8 +78,8 @@ def reference(script: str, flags: str) -> tuple:
 
 
 def task_name(env_id: str, flags: str = "") -> str:
-    """The environment's name without its package and without the suffix of Atari games."""
-    name = env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4")
+    """The environment's name without its package, the suffix of Atari games and the prefix of the course's Doom."""
+    name = env_id.rpartition(":")[2].removesuffix("NoFrameskip-v4").removeprefix("doom_").replace("_", " ")
     return f"{name}, not slippery" if "is_slippery" in flags else name
 
 
@@ -295,6 +297,21 @@ def compare_table() -> str:
     return markdown("| what | task | before | after | ratio |", rows)
 
 
+def split_table() -> str:
+    """Where the time of PPO's training goes: medians of the rounds."""
+    parts = ("environments", "acting", "update_and_rest")
+    found = {}
+    for row in read(RESULTS / "split.csv"):
+        whole = sum(float(row[part]) for part in parts)
+        shares = [float(row[part]) / whole for part in parts]
+        found.setdefault(row["task"], []).append((int(row["steps_per_second"]), *shares))
+    rows = []
+    for task, rounds in found.items():
+        rate, *shares = map(median, zip(*rounds))
+        rows.append([task, f"{rate:,.0f}", *(f"{share:.0%}".replace("%", f"{NBSP}%") for share in shares)])
+    return markdown("| task | steps per second | environments | acting | update and the rest |", rows)
+
+
 def sample_factory_table() -> str:
     """Steps per second of Sample Factory and of ppo.py."""
     rates = {}
@@ -308,11 +325,11 @@ def tables() -> dict:
     """The text of each table by its name."""
     atari = ("ppo_atari", "dqn_atari", "ddqn_atari")
     found = {"overview": overview(), "scores atari": scores_table(*atari), "commands atari": commands(*atari)}
-    for script in ("q_learning", "reinforce", "a2c_continuous", "sac_continuous", "ppo"):
+    for script in ("q_learning", "reinforce", "a2c_continuous", "sac_continuous", "ppo", "ppo_doom"):
         found |= {f"scores {script}": scores_table(script), f"commands {script}": commands(script)}
     found |= {"speed": speed_table(), "speed overall": speed_table("steps_per_second"), "memory": memory_table()}
     found |= {"replay": replay_table(), "solve": solve_table(), "compare": compare_table()}
-    found |= {"sample factory": sample_factory_table(), "selfplay": selfplay_table()}
+    found |= {"sample factory": sample_factory_table(), "selfplay": selfplay_table(), "split": split_table()}
     minus = re.compile(rf"(?<=[ {NBSP}(:>])-(?=[\d ])")  # not that of a flag or of a row of dashes
     return {name: text if name.startswith("commands") else minus.sub("−", text) for name, text in found.items()}
 

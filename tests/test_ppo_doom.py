@@ -122,7 +122,7 @@ def random_actions(count, num_envs=None, seed=0):
 
 def test_a_step_is_four_tics_and_an_observation_the_last_four_screens():
     """Beside a game played tic by tic, through the end of an episode: same screens, rewards and lengths."""
-    envs = ppo_doom.make_envs(parse("--health-bonus", "0"), 1)
+    envs = ppo_doom.make_envs(parse("--health-bonus", "0", "--reward-scale", "1"), 1)
     hand = ByHand(7)
     obs, _ = envs.reset(seed=7)
     assert (obs.shape, obs.dtype) == ((1, 4, 84, 84), np.uint8)
@@ -557,7 +557,7 @@ def test_a_diff_with_ppo_atari_is_the_lesson():
     ours, theirs = set(flags(doom)), set(flags(atari))
     changed = {line.split(":")[0].strip() for line in ours ^ theirs}
     added = {"reward_scale", "health_bonus", "episodic_life"}
-    assert changed == {"env_id", "total_timesteps", "max_eval_steps"} | added
+    assert changed == {"env_id", "total_timesteps", "max_eval_steps", "learning_rate", "update_epochs"} | added
     names = set(vars(ppo_doom)) ^ set(vars(ppo_atari))
     wrappers = {"FrameStackObservation", "RecordEpisodeStatistics", "ResizeObservation", "TransformObservation"}
     imports = {"AtariVectorEnv", "VectorWrapper", "SyncVectorEnv", "Discrete"} | wrappers
