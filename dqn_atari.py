@@ -508,7 +508,7 @@ def load_checkpoint(folder: str, **parts) -> dict:
             part.load_state_dict(checkpoint[name])
         return checkpoint
     except Exception as error:  # a damaged file can raise anything
-        fail(f"--resume {folder}: no checkpoint that fits this script and these flags: {error}")
+        fail(f"no checkpoint in '{folder}' that fits this script and these flags: {error}")
 
 
 def check_finite(values: dict):

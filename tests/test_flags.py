@@ -133,9 +133,9 @@ BAD_FLAGS = {
     "--device cuda:99": "--device cuda:99",
     "--device gpu": "--device gpu",
     "--device ''": "--device",
-    "--resume ''": "--resume",
-    "--resume .": "--resume .: no checkpoint",
-    "--resume missing": "--resume missing: no checkpoint",
+    "--resume ''": "no checkpoint in ''",
+    "--resume .": "no checkpoint in '.' that fits",
+    "--resume missing": "no checkpoint in 'missing' that fits",
 }
 TYRO_REFUSES = [
     "--total-timesteps 1e6", "--total-timesteps 1.5", "--seed one", "--no-such-flag 1", "--learning-rate", "--track=1",
@@ -195,7 +195,7 @@ CHECKS = {
         "--env-id CartPole-v1": "must be one of connect_four_v3, tictactoe_v3",
         """--env-kwargs '{"length": 7}'""": "no line of 7 stones on 6 rows and 7 columns",
         """--env-kwargs '{"rowz": 7}'""": "rowz",
-        "--play nowhere": "no checkpoint",
+        "--play nowhere": "no checkpoint in 'nowhere'",
     },
     "ppo_atari": {
         "--num-minibatches 3": "must divide 1024 steps",

@@ -323,7 +323,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(kind, trained, capsys, tmp_pa
     reason = checkpoint_that_is(kind, trained("ppo").folder, tmp_path / "bad")
     before = files(".")
     line = refusal("ppo", "--resume", "bad", capsys=capsys)
-    assert line.startswith("ppo.py: error: --resume bad: no checkpoint that fits this script and these flags")
+    assert line.startswith("ppo.py: error: no checkpoint in 'bad' that fits this script and these flags")
     assert reason in line
     assert files(".") == before  # no evil.txt: reading it ran no code
 
@@ -339,7 +339,7 @@ def test_a_network_that_does_not_fit_is_refused(flags, trained, capsys):
     assert stop.value.code == 2
     *overrides, line = capsys.readouterr().err.splitlines()
     assert len(overrides) == 1
-    assert line.startswith(f"ppo.py: error: --resume {folder}: ")
+    assert line.startswith(f"ppo.py: error: no checkpoint in '{folder}' that fits")
     assert files(folder) == before
 
 
@@ -353,7 +353,7 @@ def test_an_environment_that_changed_since_is_refused(trained, capsys, tmp_path,
     before = files(folder)
     monkeypatch.setattr(toy_envs.Identity, "observation_space", toy_envs.Box(0, 1, (9,), "float32"))
     line = refusal("ppo", "--resume", folder, "--env-id", "toy_envs:Identity-v0", capsys=capsys)
-    assert line.startswith(f"ppo.py: error: --resume {folder}: ")
+    assert line.startswith(f"ppo.py: error: no checkpoint in '{folder}' that fits")
     assert files(folder) == before
 
 
