@@ -8,8 +8,7 @@ temperature α, is learned too. Actions must be Box.
 
     python sac_continuous.py                                      # Pendulum-v1: -157, -140 and -137 with three seeds
     python sac_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 \
-        --updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 \
-        --no-autotune --alpha 0.2                                 # 278 with one seed
+        --updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01    # 276, 280; one fails
     python sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
 
 The last line is not measured yet. The replay is not in the checkpoint, unless you add --save-replay: without it, a

@@ -57,8 +57,7 @@ TABLE = [
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", 3),
     ("sac_continuous", "", 3),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
-     "--updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 "
-     "--no-autotune --alpha 0.2 --num-threads 1", 3),
+     "--updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 --num-threads 1", 3),
     ("ppo", "", 6),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
      "--gamma 0.98 --ent-coef 0", 3),
