@@ -46,7 +46,7 @@ def panels(script: str) -> dict:
     for row in read(CURVES):
         runs.setdefault(key(row), []).append((int(row["step"]), float(row["return"])))
     for name, flags, seeds in (*TABLE, *GPU_TABLE):
-        for task in ((script, flags, str(seed)) for seed in range(1, seeds + 1)):
+        for task in ((script, flags, str(seed)) for seed in seeds):
             if name == script and task in runs:
                 found.setdefault((flags, env_ids[task]), []).append(np.array(runs[task]))
     return found

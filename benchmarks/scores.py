@@ -36,51 +36,52 @@ from speed import RESULTS, ROOT, commit, cpu_name
 sys.path.insert(0, str(ROOT))
 import push_to_hub  # noqa: E402
 
+SEEDS = [1, 2, 3]
 # script, flags, seeds
 TABLE = [
-    ("q_learning", "--eval-episodes 10_000", 3),
-    ("q_learning", """--env-kwargs '{"is_slippery": false}'""", 3),
-    ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2_000_000 --eval-episodes 10_000", 3),
-    ("q_learning", "--env-id Taxi-v4 --eval-episodes 100", 3),
-    ("q_learning", "--env-id CliffWalking-v1", 3),
-    ("reinforce", "", 3),
+    ("q_learning", "--eval-episodes 10_000", SEEDS),
+    ("q_learning", """--env-kwargs '{"is_slippery": false}'""", SEEDS),
+    ("q_learning", "--env-id FrozenLake8x8-v1 --total-timesteps 2_000_000 --eval-episodes 10_000", SEEDS),
+    ("q_learning", "--env-id Taxi-v4 --eval-episodes 100", SEEDS),
+    ("q_learning", "--env-id CliffWalking-v1", SEEDS),
+    ("reinforce", "", SEEDS),
     ("reinforce", "--env-id flappy_bird_gymnasium:FlappyBird-v0 "
      """--env-kwargs '{"use_lidar": false, "score_limit": 20}' """
-     "--normalize-observations --total-timesteps 4_000_000 --learning-rate 3e-3 --gamma 0.97", 3),
-    ("a2c_continuous", "", 3),
+     "--normalize-observations --total-timesteps 4_000_000 --learning-rate 3e-3 --gamma 0.97", SEEDS),
+    ("a2c_continuous", "", SEEDS),
     ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3_000_000 --num-steps 8 "
-     "--optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", 3),
+     "--optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", SEEDS),
     ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 --gamma 0.95 "
-     "--gae-lambda 0.9", 3),
+     "--gae-lambda 0.9", SEEDS),
     ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 4 --gamma 0.9 "
-     "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", 3),
-    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", 3),
-    ("sac_continuous", "", 3),
+     "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", SEEDS),
+    ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
+    ("sac_continuous", "", SEEDS),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
-     "--updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01 --num-threads 1", 3),
-    ("ppo", "", 6),
+     "--updates-per-step 0.5 --learning-starts 10_000 --policy-frequency 2 --tau 0.01 --num-threads 1", [4, 5, 6]),
+    ("ppo", "", range(1, 7)),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
-     "--gamma 0.98 --ent-coef 0", 3),
+     "--gamma 0.98 --ent-coef 0", SEEDS),
     ("ppo", "--env-id Acrobot-v1 --total-timesteps 1_000_000 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
-     "--gamma 0.99 --gae-lambda 0.94 --ent-coef 0 --normalize-observations", 3),
-    ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", 3),
+     "--gamma 0.99 --gae-lambda 0.94 --ent-coef 0 --normalize-observations", SEEDS),
+    ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", SEEDS),
     ("ppo", "--env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
-     "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", 3),
-    ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1", 1),
-    ("ppo_doom", "--num-threads 1", 3),
+     "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", SEEDS),
+    ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1", [1]),
+    ("ppo_doom", "--num-threads 1", SEEDS),
     ("ppo_doom", "--env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4 "
-     "--num-threads 1", 3),
+     "--num-threads 1", SEEDS),
     ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --train-frequency 2", 1),
+     "--learning-starts 10_000 --train-frequency 2", [1]),
     ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --num-threads 1", 1),
+     "--learning-starts 10_000 --num-threads 1", [1]),
     ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --train-frequency 2 --num-threads 1", 1),
+     "--learning-starts 10_000 --train-frequency 2 --num-threads 1", [1]),
     ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --num-threads 1", 1),
+     "--learning-starts 10_000 --num-threads 1", [1]),
 ]  # fmt: skip
 GPU_TABLE = [
-    (script, f"--env-id {game}NoFrameskip-v4 --device cuda --compile {flags}", 1)
+    (script, f"--env-id {game}NoFrameskip-v4 --device cuda --compile {flags}", [1])
     for game in ("Pong", "Breakout", "SpaceInvaders", "BeamRider", "Qbert", "Seaquest")
     for script, flags in (
         ("ppo_atari", "--num-envs 32 --num-steps 32"),  # as many steps in a rollout as by default, in more environments
@@ -104,7 +105,7 @@ def main(only: str = "", curves: bool = False, redo: bool = False, gpu: bool = F
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops the training, too
     rows = [row for row in (GPU_TABLE if gpu else TABLE) if selected(only, *row[:2])]
-    tasks = [(script, flags, str(seed)) for script, flags, seeds in rows for seed in range(1, seeds + 1)]
+    tasks = [(script, flags, str(seed)) for script, flags, seeds in rows for seed in seeds]
     if redo:
         for task in tasks:
             shutil.rmtree(run_folder(*task), ignore_errors=True)
@@ -151,7 +152,7 @@ def replace(path: Path, task: tuple, rows: list):
 def position(row: dict) -> int:
     """The position of a row in a CSV file: in the order of the tables, whatever was trained first."""
     tasks = [task[:2] for task in (*TABLE, *GPU_TABLE)]
-    return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 100 + int(row["seed"])
+    return (tasks.index(key(row)[:2]) if key(row)[:2] in tasks else len(tasks)) * 1000 + int(row["seed"])
 
 
 def run_folder(script: str, flags: str, seed: str) -> Path:

@@ -115,7 +115,7 @@ def test_wall_time_leaves_out_the_time_between_stop_and_start(tmp_path, monkeypa
 
 def test_redo_deletes_and_trains_the_rows_that_were_named(tmp_path, monkeypatch):
     """If it is stopped, the same call without redo trains the rest."""
-    task, other = ("q_learning", "--total-timesteps 200 --eval-episodes 10", 2), ("ppo", "--env-id Other-v0", 1)
+    task, other = ("q_learning", "--total-timesteps 200 --eval-episodes 10", [1, 2]), ("ppo", "--env-id Other-v0", [1])
     monkeypatch.setattr(scores, "ROOT", tmp_path)
     monkeypatch.setattr(scores, "TABLE", [task, other])
     for name in ("SCORES", "CURVES"):
