@@ -5,10 +5,10 @@ epochs of minibatch gradient steps on the clipped surrogate objective. Clipping 
 policy far from the one that collected the data. Actions may be Discrete or Box.
 
     python ppo.py                                               # LunarLander-v3: 246 to 270 with seeds 1 to 6
-    python ppo.py --env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 \
+    python ppo.py --env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-steps 128 --num-minibatches 4 \
         --learning-rate 1e-3 --gamma 0.98 --ent-coef 0
     python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0
-    python ppo.py --env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 \
+    python ppo.py --env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-minibatches 16 \
         --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0
 
 Papers
@@ -73,14 +73,14 @@ class Args:
     resume: str | None = None  # run folder to continue from its last checkpoint
 
     num_envs: int = 16  # parallel environments (N)
-    num_steps: int = 128  # steps per environment in each rollout (T)
+    num_steps: int = 512  # steps per environment in each rollout (T)
     vectorization_mode: Literal["sync", "async"] = "sync"  # async: one process per environment, for slow environments
     normalize_observations: bool = False  # scale by the running mean and variance, which are saved with the agent
     learning_rate: float = 7e-4  # of Adam, at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to zero
     gamma: float = 0.999  # discount factor
     gae_lambda: float = 0.98  # λ of generalized advantage estimation
-    num_minibatches: int = 16  # minibatches per epoch, of B steps each
+    num_minibatches: int = 64  # minibatches per epoch, of B steps each
     update_epochs: int = 10  # passes over each rollout
     clip_coef: float = 0.2  # ε of the clipped surrogate objective
     ent_coef: float = 0.01  # weight of the entropy bonus

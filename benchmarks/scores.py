@@ -57,15 +57,15 @@ TABLE = [
      "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", SEEDS),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
     ("sac_continuous", "", SEEDS),
-    ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
-     "--updates-per-step 0.5 --learning-starts 10_000 --policy-frequency 2 --tau 0.01 --num-threads 1", [4, 5, 6]),
-    ("ppo", "", range(1, 7)),
-    ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
-     "--gamma 0.98 --ent-coef 0", SEEDS),
+    ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 250_000 --num-envs 4 "
+     "--learning-starts 5_000 --policy-frequency 2 --num-threads 1", [5, 6, 7]),
+    ("ppo", "", range(201, 213)),
+    ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-steps 128 --num-minibatches 4 "
+     "--learning-rate 1e-3 --gamma 0.98 --ent-coef 0", SEEDS),
     ("ppo", "--env-id Acrobot-v1 --total-timesteps 1_000_000 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
      "--gamma 0.99 --gae-lambda 0.94 --ent-coef 0 --normalize-observations", SEEDS),
     ("ppo", "--env-id LunarLanderContinuous-v3 --ent-coef 0", SEEDS),
-    ("ppo", "--env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-steps 512 --learning-rate 1e-3 "
+    ("ppo", "--env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-minibatches 16 --learning-rate 1e-3 "
      "--gamma 0.9 --gae-lambda 0.95 --ent-coef 0", SEEDS),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1", [1]),
     ("ppo_doom", "--num-threads 1", SEEDS),

@@ -140,8 +140,8 @@ SOLVE = {
         {"n_envs": 16} | TASKS["ppo LunarLander-v3, 16 envs"][4],
     ),
     "CartPole-v1": (
-        "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-minibatches 4 --learning-rate 1e-3 "
-        "--gamma 0.98 --ent-coef 0",
+        "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-steps 128 --num-minibatches 4 "
+        "--learning-rate 1e-3 --gamma 0.98 --ent-coef 0",
         500,
         5_120,
         100_000,

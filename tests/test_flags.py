@@ -177,9 +177,9 @@ CHECKS = {
         """--env-id toy_envs:Spaces-v0 --env-kwargs '{"action":"unbounded"}'""": "with finite bounds",
     },
     "ppo": {
-        "--num-minibatches 3": "must divide 2048 steps",
-        "--num-minibatches 2048": "parts of 2 or more",
-        "--total-timesteps 2047": "less than the 2048 steps of one rollout",
+        "--num-minibatches 3": "must divide 8192 steps",
+        "--num-minibatches 8192": "parts of 2 or more",
+        "--total-timesteps 8191": "less than the 8192 steps of one rollout",
         "--gae-lambda 1.5": "at most 1",
         "--target-kl -1": "--target-kl -1.0: must be 0 or more",
         """--env-id toy_envs:Spaces-v0 --env-kwargs '{"action":"multibinary"}'""": "neither Discrete nor Box",
