@@ -59,7 +59,7 @@ class Args:
     env_id: str = "LunarLander-v3"  # gymnasium id, or package:EnvId to import the package first
     env_kwargs: str = "{}"  # keyword arguments of the environment, as JSON
     seed: int = 1  # seed of the weights, the environments and the sampling
-    total_timesteps: int = 700_000  # environment steps, summed over all environments
+    total_timesteps: int = 1_000_000  # environment steps, summed over all environments
     device: str = "cpu"  # cpu, cuda, cuda:1, mps or auto; networks this small are fastest on the CPU
     num_threads: int = 1  # CPU threads used by torch
     num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
@@ -81,7 +81,7 @@ class Args:
     gamma: float = 0.999  # discount factor
     gae_lambda: float = 0.98  # λ of generalized advantage estimation
     num_minibatches: int = 64  # minibatches per epoch, of B steps each
-    update_epochs: int = 10  # passes over each rollout
+    update_epochs: int = 7  # passes over each rollout
     clip_coef: float = 0.2  # ε of the clipped surrogate objective
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss

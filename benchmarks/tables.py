@@ -143,7 +143,10 @@ def overview() -> str:
         if runs:
             means = [float(row["mean"]) for row in runs]
             old = " \\*" if any("earlier version" in row["note"] for row in runs) else ""
-            scores = ", ".join(number(mean, 0 if abs(mean) >= 100 else None) for mean in means)
+            texts = [number(mean, 0 if abs(mean) >= 100 else None) for mean in means]
+            scores = ", ".join(texts)
+            if len(texts) > 6:
+                scores = f"{texts[means.index(min(means))]} to {texts[means.index(max(means))]}, {len(texts)} seeds"
             task = re.sub(r"-v\d+$", "", task_name(runs[0]["env_id"]))
             cells = [f"{task}, {steps(runs[0])}", scores + old, duration(runs)]
         rows.append([f"[{script}.py]({script}.py)", what, *cells])
