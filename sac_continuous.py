@@ -27,7 +27,6 @@ environments start anew at each checkpoint.
 import copy
 import json
 import math
-import os
 import random
 import re
 import signal
@@ -66,7 +65,7 @@ class Args:
     seed: int = 1  # seed of the weights, the environments and the sampling
     total_timesteps: int = 20_000  # environment steps, summed over all environments
     device: str = "cpu"  # cpu, cuda, cuda:1, mps or auto; networks this small are fastest on the CPU
-    num_threads: int = os.cpu_count() or 1  # CPU threads used by torch
+    num_threads: int = psutil.cpu_count() or 1  # CPU threads used by torch
     num_checkpoints: int = 20  # at most this many checkpoints and evaluations, evenly over the run
     eval_episodes: int = 100  # episodes of the final evaluation; a tenth of them at each checkpoint
     eval_deterministic: bool = True  # evaluate with the most likely or best action, not with a random one
@@ -82,6 +81,7 @@ class Args:
     hidden_size: int = 256  # units in each of the two hidden layers
     q_lr: float = 1e-3  # learning rate of the Q-networks and of the temperature
     policy_lr: float = 3e-4  # learning rate of the policy
+    anneal_lr: bool = False  # decrease both learning rates linearly to zero
     gamma: float = 0.99  # discount factor
     autotune: bool = True  # learn the temperature
     alpha: float = 0.2  # temperature α, the weight of the entropy; with --autotune only at the start
@@ -312,8 +312,6 @@ def train(args: Args) -> Path:
     parts = {"agent": agent, "target_network": target_network, "q_optimizer": q_optimizer}
     parts |= {"policy_optimizer": policy_optimizer, "alpha_optimizer": alpha_optimizer}
     run = Run(args, **parts, **({"replay": replay} if args.save_replay else {}))
-    q_optimizer.param_groups[0]["lr"] = alpha_optimizer.param_groups[0]["lr"] = args.q_lr  # not the checkpoint's
-    policy_optimizer.param_groups[0]["lr"] = args.policy_lr
 
     while run.step < args.total_timesteps:
         if run.step >= run.next_checkpoint:  # at once at the start
@@ -329,8 +327,7 @@ def train(args: Args) -> Path:
         if run.step < args.learning_starts:
             action = 2 * torch.rand(args.num_envs, agent.num_actions, device=device) - 1  # (N, A)
         else:
-            with torch.no_grad():
-                action, _ = agent.policy(torch.as_tensor(obs, device=device)).sample()
+            action = agent.policy(torch.as_tensor(obs, device=device)).sample()[0].detach()
         next_obs, reward, terminated, truncated, infos = envs.step(agent.to_env(action))
         last_step = run.step
         run.step += args.num_envs
@@ -344,6 +341,9 @@ def train(args: Args) -> Path:
         obs = next_obs
 
         # 3. learn: --updates-per-step gradient steps for each environment step
+        remaining = 1 - last_step / args.total_timesteps if args.anneal_lr else 1
+        q_optimizer.param_groups[0]["lr"] = alpha_optimizer.param_groups[0]["lr"] = args.q_lr * remaining
+        policy_optimizer.param_groups[0]["lr"] = args.policy_lr * remaining
         if replay.size >= args.learning_starts:
             for update in range(int(last_step * args.updates_per_step), int(run.step * args.updates_per_step)):
                 minibatch = replay.sample(args.batch_size)
@@ -370,7 +370,7 @@ def train(args: Args) -> Path:
         if run.step - start_step >= args.log_interval or run.step >= min(run.next_checkpoint, args.total_timesteps):
             metrics = {name: torch.stack(values).mean().item() for name, values in history.items()}
             metrics["train/alpha"] = agent.log_alpha.exp().item()
-            metrics["train/learning_rate"] = args.policy_lr
+            metrics["train/learning_rate"] = policy_optimizer.param_groups[0]["lr"]
             metrics["time/sps"] = (run.step - start_step) / (time.perf_counter() - start_time)
             run.log(metrics)
             history.clear()
