@@ -341,6 +341,15 @@ def test_other_learning_rates_take_effect():
     assert not torch.equal(end["target_network"]["first.0.weight"], now["target_network"]["first.0.weight"])
 
 
+def test_all_learning_rates_decrease_to_zero():
+    folder = run(*PENDULUM, "--anneal-lr", "--log-interval", "40", "--policy-lr", "0.002", "--num-envs", "2")
+    rates = [event.value for event in scalars(folder, "train/learning_rate")]
+    assert rates == pytest.approx([0.002 * (1 - step / 128) for step in (38, 78, 118, 126)])  # where the step began
+    checkpoint = load(folder)
+    for name, rate in (("q_optimizer", 1e-3), ("alpha_optimizer", 1e-3), ("policy_optimizer", 2e-3)):
+        assert checkpoint[name]["param_groups"][0]["lr"] == pytest.approx(rate * 2 / 128)
+
+
 @pytest.mark.parametrize("flag", ["--q-lr", "--policy-lr"])
 def test_a_learning_rate_that_is_far_too_high_stops_it(flag):
     with pytest.raises(SystemExit, match="is NaN or infinite; the last checkpoint is kept"):
