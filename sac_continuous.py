@@ -8,11 +8,11 @@ temperature α, is learned too. Actions must be Box.
 
     python sac_continuous.py                                      # Pendulum-v1: -157, -140 and -137 with three seeds
     python sac_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 \
-        --updates-per-step 0.5 --learning-starts 10_000 --q-lr 7e-4 --policy-lr 7e-4 --tau 0.01    # 276, 280; one fails
+        --learning-starts 5_000 --policy-frequency 2 --anneal-lr
     python sac_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --learning-starts 10_000
 
-The last line is not measured yet. The replay is not in the checkpoint, unless you add --save-replay: without it, a
-resumed run first fills a new replay.
+The last two lines are not measured yet. The replay is not in the checkpoint, unless you add --save-replay: without it,
+a resumed run first fills a new replay.
 
 Papers
     [SAC]  Haarnoja et al. 2018, Soft Actor-Critic: Off-Policy Maximum Entropy Deep RL, arXiv:1801.01290

@@ -57,8 +57,8 @@ TABLE = [
      "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", SEEDS),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
     ("sac_continuous", "", SEEDS),
-    ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 250_000 --num-envs 4 "
-     "--learning-starts 5_000 --policy-frequency 2 --anneal-lr --num-threads 1", [6, 7, 8]),
+    ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
+     "--learning-starts 5_000 --policy-frequency 2 --anneal-lr --num-threads 1", [7, 8, 9]),
     ("ppo", "", range(201, 213)),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-steps 128 --num-minibatches 4 "
      "--learning-rate 1e-3 --gamma 0.98 --ent-coef 0", SEEDS),
