@@ -10,7 +10,7 @@ step. Actions must be Box.
         --optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98
     python a2c_continuous.py --env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 \
         --gamma 0.95 --gae-lambda 0.9
-    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 4 --gamma 0.9 \
+    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 4 --num-steps 8 --gamma 0.9 \
         --gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1
     python a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135
 
