@@ -59,7 +59,7 @@ TABLE = [
     ("sac_continuous", "", SEEDS),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
      "--learning-starts 5_000 --policy-frequency 2 --anneal-lr --num-threads 1", [7, 8, 9]),
-    ("ppo", "", range(201, 213)),
+    ("ppo", "", [1, *range(201, 213)]),
     ("ppo", "--env-id CartPole-v1 --total-timesteps 100_000 --num-envs 8 --num-steps 128 --num-minibatches 4 "
      "--learning-rate 1e-3 --gamma 0.98 --ent-coef 0", SEEDS),
     ("ppo", "--env-id Acrobot-v1 --total-timesteps 1_000_000 --num-steps 256 --num-minibatches 32 --learning-rate 1e-3 "
