@@ -1,18 +1,15 @@
 """Advantage actor-critic (A2C) for continuous actions.
 
 The critic learns the value of a state. The actor learns to repeat actions that turned out better than the critic
-expected. Unlike REINFORCE, A2C does not wait for the end of an episode: after a few steps the critic's value of the
-last state stands for all later rewards (bootstrapping). Each short rollout of many environments gives one gradient
-step. Actions must be Box.
+expected. Unlike REINFORCE, A2C does not wait for the end of an episode: after a few steps the critic's value stands for
+all later rewards (bootstrapping). Each short rollout gives one gradient step. Actions must be Box.
 
     python a2c_continuous.py                                      # BipedalWalker-v3
     python a2c_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 3_000_000 --num-steps 8 \
         --optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98
-    python a2c_continuous.py --env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 \
-        --gamma 0.95 --gae-lambda 0.9
-    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 4 --num-steps 8 --gamma 0.9 \
-        --gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1
-    python a2c_continuous.py --env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135
+    python a2c_continuous.py --env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 --gamma 0.95
+    python a2c_continuous.py --env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 8 --gamma 0.95 \
+        --action-std 1 --hold-noise 8 --no-normalize-advantages
 
 Papers
     [A3C]  Mnih et al. 2016, Asynchronous Methods for Deep Reinforcement Learning, arXiv:1602.01783
@@ -21,8 +18,8 @@ Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
     [Same] Huang et al. 2022, A2C is a special case of PPO, arXiv:2205.09123
+    [gSDE] Raffin et al. 2021, Smooth Exploration for Robotic Reinforcement Learning, arXiv:2005.05719
 
-With Adam and normalized advantages, an update is that of ppo.py with one epoch and one minibatch [Same].
 Deviations from [A3C]: all environments take each step together; GAE, which is the n-step return for λ = 1; Adam; two
 networks; observations, rewards and advantages are normalized [37]; the standard deviation is the same in every state;
 a truncated episode bootstraps from its last observation; the environments start anew at each checkpoint.
@@ -83,6 +80,7 @@ class Args:
     normalize_observations: bool = True  # scale by the running mean and variance, which are saved with the agent
     normalize_rewards: bool = True  # divide by the running standard deviation of the discounted return, in training
     action_std: float = 0.6  # standard deviation of the actions at the start
+    hold_noise: int = 1  # steps for which the noise in the actions stays the same, a simple form of [gSDE]
     optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper's rmsprop is better on some tasks
     learning_rate: float = 1e-3  # of the optimizer, at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to zero
@@ -101,10 +99,8 @@ class Args:
             fail("--num-envs 1 --num-steps 1: a single advantage cannot be normalized")
         if self.total_timesteps < batch_size:
             fail(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
-        if max(self.gamma, self.gae_lambda) > 1:
-            fail("--gamma and --gae-lambda must be at most 1")
-        if self.action_std == 0:
-            fail("--action-std must be more than 0")
+        if max(self.gamma, self.gae_lambda) > 1 or self.action_std == 0:
+            fail("--gamma and --gae-lambda must be at most 1, --action-std more than 0")
 
 
 # --- environment ---
@@ -306,7 +302,10 @@ def train(args: Args) -> Path:
         for t in range(T):
             all_obs[t] = torch.as_tensor(obs)
             with torch.no_grad():
-                actions[t] = agent.policy(all_obs[t]).sample()
+                policy = agent.policy(all_obs[t])
+                if t % args.hold_noise == 0:
+                    noise = torch.randn_like(policy.mode)
+                actions[t] = policy.mode + policy.log_std.exp() * noise
             obs, reward, terminated, truncated, infos = envs.step(agent.to_env(actions[t]))
             done = terminated | truncated
             past_return = reward + args.gamma * past_return

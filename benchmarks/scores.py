@@ -51,10 +51,10 @@ TABLE = [
     ("a2c_continuous", "", SEEDS),
     ("a2c_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 3_000_000 --num-steps 8 "
      "--optimizer rmsprop --no-normalize-advantages --learning-rate 7e-4 --gamma 0.999 --gae-lambda 0.98", SEEDS),
-    ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 --gamma 0.95 "
-     "--gae-lambda 0.9", SEEDS),
-    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 4 --num-steps 8 --gamma 0.9 "
-     "--gae-lambda 0.9 --action-std 1 --no-normalize-advantages --max-grad-norm 1", range(201, 204)),
+    ("a2c_continuous", "--env-id panda_gym:PandaReachDense-v3 --total-timesteps 400_000 --num-steps 8 --gamma 0.95",
+     SEEDS),
+    ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 8 --gamma 0.95 "
+     "--action-std 1 --hold-noise 8 --no-normalize-advantages", range(201, 204)),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
     ("sac_continuous", "", SEEDS),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "

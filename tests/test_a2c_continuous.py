@@ -106,6 +106,25 @@ def test_sampled_and_most_likely_actions():
 
 # --- the loop ---
 
+
+def test_noise_is_held_and_drawn_anew(monkeypatch):
+    """--hold-noise 4: the same noise for four steps in each environment, then another one; rollouts begin with a new one."""
+    no_evaluation(monkeypatch, a2c)
+    losses = spy(monkeypatch, a2c, "a2c_loss")
+    run(*PENDULUM, "--hold-noise", 4, "--num-steps", 6)
+    drawn = []
+    for (agent, obs, action, *_), _ in losses:  # the agent as it was while acting
+        with torch.no_grad():
+            policy = agent.policy(obs)
+            noise = ((action - policy.mode) / policy.log_std.exp()).view(6, 2)  # (T, N)
+        torch.testing.assert_close(noise[:4], noise[:1].expand(4, 2), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(noise[4:], noise[4:5].expand(2, 2), atol=1e-4, rtol=1e-4)
+        drawn += [*noise[0], *noise[4]]
+    assert len(losses) > 5
+    assert len({round(number.item(), 2) for number in drawn}) > 0.8 * len(drawn)
+    assert torch.stack(drawn).std() == pytest.approx(1, abs=0.4)
+
+
 ROLLOUTS = [
     ("--env-id Pendulum-v1 --num-steps 80", {}),  # truncated at 200, in the third rollout
     ("--env-id LunarLanderContinuous-v3 --num-steps 128", {"max_episode_steps": 90}),  # terminated or truncated

@@ -162,7 +162,7 @@ CHECKS = {
         "--num-envs 1 --num-steps 1": "a single advantage",
         "--total-timesteps 10": "less than the 256 steps of one rollout",
         "--gae-lambda 1.5": "at most 1",
-        "--action-std 0": "--action-std must be more than 0",
+        "--action-std 0": "--action-std more than 0",
         "--env-id CartPole-v1": "not continuous (Box); see ppo.py",
     },
     "sac_continuous": {
