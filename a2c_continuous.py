@@ -2,7 +2,7 @@
 
 The critic learns the value of a state. The actor learns to repeat actions that turned out better than the critic
 expected. Unlike REINFORCE, A2C does not wait for the end of an episode: after a few steps the critic's value stands for
-all later rewards (bootstrapping). Each short rollout gives one gradient step. Actions must be Box.
+all later rewards (bootstrapping). Each rollout gives one gradient step: PPO with one epoch and one minibatch [Same].
 
     python a2c_continuous.py                                      # BipedalWalker-v3
     python a2c_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 3_000_000 --num-steps 8 \
@@ -21,8 +21,8 @@ Papers
     [gSDE] Raffin et al. 2021, Smooth Exploration for Robotic Reinforcement Learning, arXiv:2005.05719
 
 Deviations from [A3C]: all environments take each step together; GAE, which is the n-step return for λ = 1; Adam; two
-networks; observations, rewards and advantages are normalized [37]; the standard deviation is the same in every state;
-a truncated episode bootstraps from its last observation; the environments start anew at each checkpoint.
+networks; observations, rewards and advantages are normalized [37]; one standard deviation for all states; the loss
+treats held noise as new; truncated episodes bootstrap; the environments start anew at each checkpoint.
 """
 
 import json
@@ -80,7 +80,7 @@ class Args:
     normalize_observations: bool = True  # scale by the running mean and variance, which are saved with the agent
     normalize_rewards: bool = True  # divide by the running standard deviation of the discounted return, in training
     action_std: float = 0.6  # standard deviation of the actions at the start
-    hold_noise: int = 1  # steps for which the noise in the actions stays the same, a simple form of [gSDE]
+    hold_noise: int = 1  # steps that share the noise in their actions, at most one rollout; a simple form of [gSDE]
     optimizer: Literal["adam", "rmsprop"] = "adam"  # the paper's rmsprop is better on some tasks
     learning_rate: float = 1e-3  # of the optimizer, at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to zero
@@ -95,8 +95,8 @@ class Args:
     def check(self):
         """Refuse values that do not fit together."""
         batch_size = self.num_envs * self.num_steps
-        if batch_size == 1 and self.normalize_advantages:
-            fail("--num-envs 1 --num-steps 1: a single advantage cannot be normalized")
+        if batch_size == 1:
+            fail("--num-envs 1 --num-steps 1: a rollout needs at least two steps")
         if self.total_timesteps < batch_size:
             fail(f"--total-timesteps {self.total_timesteps}: less than the {batch_size} steps of one rollout")
         if max(self.gamma, self.gae_lambda) > 1 or self.action_std == 0:
@@ -219,6 +219,7 @@ class Agent(nn.Module):
 
     def to_env(self, action) -> np.ndarray:
         """`action` as the environment takes it. Only the environment sees it clipped, the loss does not."""
+        check_finite({"action": action})  # because Box2D would end the process at a NaN
         action = action.cpu().numpy().clip(self.action_space.low, self.action_space.high)
         return action.astype(self.action_space.dtype)
 
@@ -276,9 +277,10 @@ def train(args: Args) -> Path:
     else:
         optimizer = torch.optim.RMSprop(agent.parameters(), lr=args.learning_rate, eps=1e-5, foreach=True)  # [A3C, §4]
     run = Run(args, agent=agent, optimizer=optimizer)
+    if ("betas" in optimizer.param_groups[0]) != (args.optimizer == "adam"):  # those of the checkpoint
+        fail("--optimizer: cannot be changed by --resume")
 
-    # room for one rollout: T steps of N environments
-    T, N = args.num_steps, args.num_envs
+    T, N = args.num_steps, args.num_envs  # the tensors below have room for one rollout
     all_obs = torch.zeros(T + 1, *envs.observation_space.shape, device=device)  # row T: after the last step
     actions = torch.zeros(T, *envs.action_space.shape, device=device)
     rewards = np.zeros((T, N), np.float32)  # numpy: for arrays this small, writing a row of a tensor is slow
@@ -314,9 +316,8 @@ def train(args: Args) -> Path:
             rewards[t] = (reward / reward_std).clip(-10, 10) if args.normalize_rewards else reward
             dones[t] = done
             run.step += N
-            ended = infos.get("final_info", {})
-            for n in np.flatnonzero(ended.get("_episode", False)):  # environments whose episode ended
-                run.record_episode(ended["episode"]["r"][n], ended["episode"]["l"][n])
+            for n in np.flatnonzero(done):  # environments whose episode ended
+                run.record_episode(infos["final_info"]["episode"]["r"][n], infos["final_info"]["episode"]["l"][n])
 
             # A truncated episode would have gone on: add the discounted value of what follows to its last reward.
             cut_short = truncated & ~terminated

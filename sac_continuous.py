@@ -19,9 +19,9 @@ Papers
     [SAC2] Haarnoja et al. 2018, Soft Actor-Critic Algorithms and Applications, arXiv:1812.05905
     [TD3]  Fujimoto et al. 2018, Addressing Function Approximation Error in Actor-Critic Methods, arXiv:1802.09477
 
-Deviations from [SAC2]: the Q-networks learn with a rate of their own; with more than one environment, all take a step
-together, and then come the updates of these steps; a truncated episode bootstraps from its last observation; the
-environments start anew at each checkpoint.
+Deviations from [SAC2]: the Q-networks and α learn with a rate of their own; the first actions are random; several
+environments take a step together, and then come the updates of these steps; a truncated episode bootstraps from
+its last observation; the environments start anew at each checkpoint.
 """
 
 import copy
@@ -101,10 +101,8 @@ class Args:
             fail("--gamma and --tau must be at most 1")
         if min(self.alpha, self.updates_per_step) == 0:
             fail("--alpha and --updates-per-step must be more than 0")
-        if self.buffer_size < self.learning_starts:
-            fail(f"--buffer-size {self.buffer_size}: must be at least --learning-starts")
-        if self.total_timesteps <= self.learning_starts:
-            fail(f"--total-timesteps {self.total_timesteps}: must be more than --learning-starts")
+        if not self.learning_starts <= min(self.buffer_size, self.total_timesteps - 1):
+            fail("--learning-starts: must be at most --buffer-size, and less than --total-timesteps")
 
 
 # --- environment ---
@@ -182,9 +180,9 @@ class Agent(nn.Module):
         super().__init__()
         self.action_space = envs.single_action_space
         self.num_actions = math.prod(self.action_space.shape)
-        num_inputs = envs.single_observation_space.shape[0]
-        self.actor = make_relu_mlp(num_inputs, args.hidden_size, 2 * self.num_actions)
-        self.q_network = TwinQ(num_inputs, self.num_actions, args.hidden_size)
+        self.num_inputs = envs.single_observation_space.shape[0]
+        self.actor = make_relu_mlp(self.num_inputs, args.hidden_size, 2 * self.num_actions)
+        self.q_network = TwinQ(self.num_inputs, self.num_actions, args.hidden_size)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)))  # the logarithm keeps α above 0
 
     def policy(self, obs):
@@ -212,8 +210,8 @@ class Agent(nn.Module):
 class ReplayBuffer:
     """The last steps of all environments, as a ring of rows; one row is one step of one environment."""
 
-    def __init__(self, buffer_size: int, num_inputs: int, num_actions: int, device):
-        needed = 4 * buffer_size * (2 * num_inputs + num_actions + 2)  # bytes
+    def __init__(self, buffer_size: int, num_inputs: int, num_actions: int, device, saved: bool = False):
+        needed = 4 * buffer_size * (2 * num_inputs + num_actions + 2) * (2 if saved else 1)  # bytes; saving copies
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if needed + 5e8 > free:  # the rest of the program needs half a gigabyte
             fail(f"--buffer-size {buffer_size}: needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free")
@@ -283,7 +281,7 @@ def policy_loss(agent, obs):
 
 
 def alpha_loss(log_alpha, logprob, target_entropy):
-    """The loss of the temperature, which rises while the entropy, the mean of -logprob (B,), is below its target."""
+    """The loss of the temperature α: α rises while the entropy (the mean of -logprob (B,)) is below its target."""
     return -log_alpha.exp() * (logprob + target_entropy).mean()  # [SAC2, §5]
 
 
@@ -308,10 +306,12 @@ def train(args: Args) -> Path:
     q_optimizer = torch.optim.Adam(agent.q_network.parameters(), lr=args.q_lr, fused=True)
     policy_optimizer = torch.optim.Adam(agent.actor.parameters(), lr=args.policy_lr, fused=True)
     alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.q_lr, fused=True)
-    replay = ReplayBuffer(args.buffer_size, envs.single_observation_space.shape[0], agent.num_actions, device)
+    replay = ReplayBuffer(args.buffer_size, agent.num_inputs, agent.num_actions, device, args.save_replay)
     parts = {"agent": agent, "target_network": target_network, "q_optimizer": q_optimizer}
     parts |= {"policy_optimizer": policy_optimizer, "alpha_optimizer": alpha_optimizer}
     run = Run(args, **parts, **({"replay": replay} if args.save_replay else {}))
+    if not args.autotune:
+        agent.log_alpha.data.fill_(math.log(args.alpha))  # not the one of the checkpoint
 
     while run.step < args.total_timesteps:
         if run.step >= run.next_checkpoint:  # at once at the start

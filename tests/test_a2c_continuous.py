@@ -108,7 +108,7 @@ def test_sampled_and_most_likely_actions():
 
 
 def test_noise_is_held_and_drawn_anew(monkeypatch):
-    """--hold-noise 4: the same noise for four steps in each environment, then another one; rollouts begin with a new one."""
+    """--hold-noise 4: the same noise for four steps in each environment, and new noise for each rollout."""
     no_evaluation(monkeypatch, a2c)
     losses = spy(monkeypatch, a2c, "a2c_loss")
     run(*PENDULUM, "--hold-noise", 4, "--num-steps", 6)
@@ -253,6 +253,18 @@ def test_log_entries_are_means_of_an_interval(monkeypatch):
     folder = run(*PENDULUM, "--log-interval", "3", "--total-timesteps", "832", "--num-checkpoints", "2")
     steps = [event.step for event in scalars(folder, "time/sps")]
     assert steps == [96, 192, 288, 384, 416, 512, 608, 704, 800, 832]
+
+
+def test_the_optimizer_cannot_be_changed_by_resume(capsys):
+    """The averages of one are of no use to the other; nothing is written."""
+    folder = run(*PENDULUM)
+    checkpoint = (folder / "checkpoint.pt").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run("--resume", folder, "--optimizer", "rmsprop", "--total-timesteps", 256)
+    assert stop.value.code == 2
+    assert "--optimizer: cannot be changed by --resume" in capsys.readouterr().err
+    assert (folder / "checkpoint.pt").read_bytes() == checkpoint
+    run("--resume", folder, "--total-timesteps", 256)
 
 
 def test_explained_variance(monkeypatch):

@@ -1,4 +1,4 @@
-"""The trained agents in agents/: packages of earlier versions stay readable, and their agents play as well as before."""
+"""The trained agents in agents/: packages of earlier versions stay readable and play as well as before."""
 
 import json
 

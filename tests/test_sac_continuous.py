@@ -272,6 +272,20 @@ def test_a_replay_that_does_not_fit_is_refused(capsys):
     assert "GB are free" in refusal("sac_continuous", "--buffer-size", "1_000_000_000_000", capsys=capsys)
 
 
+def test_another_temperature_takes_effect_in_a_resumed_run():
+    folder = run(*PENDULUM)
+    run("--resume", folder, "--total-timesteps", "192", "--no-autotune", "--alpha", "0.05")
+    assert load(folder)["agent"]["log_alpha"].exp().item() == pytest.approx(0.05)
+
+
+def test_memory_for_the_copy_that_save_replay_makes(monkeypatch):
+    """One replay of 2 GB fits into 3 GB, but not a copy of it, too."""
+    monkeypatch.setattr(sac.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 3e9}))
+    sac.ReplayBuffer(100_000_000, 1, 1, torch.device("cpu"))
+    with pytest.raises(SystemExit):
+        sac.ReplayBuffer(100_000_000, 1, 1, torch.device("cpu"), saved=True)
+
+
 def test_a_resumed_run_without_its_replay_fills_a_new_one_with_the_policy(monkeypatch):
     folder = run(*PENDULUM)
     assert "replay" not in load(folder)
