@@ -279,11 +279,12 @@ def test_another_temperature_takes_effect_in_a_resumed_run():
 
 
 def test_memory_for_the_copy_that_save_replay_makes(monkeypatch):
-    """One replay of 2 GB fits into 3 GB, but not a copy of it, too."""
+    """A replay of 2 GB fits into 3 GB, but not a copy of it, too."""
     monkeypatch.setattr(sac.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 3e9}))
-    sac.ReplayBuffer(100_000_000, 1, 1, torch.device("cpu"))
+    flags = [*PENDULUM, "--buffer-size", "55_000_000"]  # 36 bytes a row
+    run(*flags)
     with pytest.raises(SystemExit):
-        sac.ReplayBuffer(100_000_000, 1, 1, torch.device("cpu"), saved=True)
+        run(*flags, "--save-replay")
 
 
 def test_a_resumed_run_without_its_replay_fills_a_new_one_with_the_policy(monkeypatch):
