@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from speed import RESULTS, ROOT
+from speed import RESULTS, ROOT, write
 
 BASELINES = ["none", "mean", "learned"]
 SEEDS = range(1, 6)
@@ -38,20 +38,21 @@ def train(baseline: str, seed: int) -> list:
         inside = np.digitize(steps, [0, *GRID], right=True) - 1  # the interval of each update
         means.append([values[inside == i].mean() if (inside == i).any() else np.nan for i in range(len(GRID))])
     print(f"{baseline}, seed {seed}: the last return is {means[0][-1]:.0f}", flush=True)
-    return [(baseline, seed, int(s), round(r, 2), round(v**0.5, 3)) for s, r, v in zip(GRID, *means)]
+    rows = []
+    for step, mean_return, value_loss in zip(GRID, *means):
+        rows.append({"baseline": baseline, "seed": seed, "step": int(step)})
+        rows[-1] |= {"return": round(mean_return, 2), "scatter": round(value_loss**0.5, 3)}
+    return rows
 
 
 def main():
     """Train two agents at a time, write the CSV file after each."""
-    rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
-    done = {(row[0], int(row[1])) for row in rows}
+    old = csv.DictReader(PATH.open()) if PATH.exists() else []
+    done = {(row["baseline"], int(row["seed"])) for row in old}
     todo = [(baseline, seed) for seed in SEEDS for baseline in BASELINES if (baseline, seed) not in done]
     with ThreadPoolExecutor(2) as pool:
-        for new in pool.map(lambda job: train(*job), todo):
-            rows += new
-            with PATH.open("w", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerows([("baseline", "seed", "step", "return", "scatter"), *rows])
+        for rows in pool.map(lambda job: train(*job), todo):
+            write(PATH, rows, keep=lambda row: True)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from speed import RESULTS, ROOT
+from speed import RESULTS, ROOT, write
 
 FORMATS = ["bfloat16", "float32"]
-SEEDS = (1, 2)
+SEEDS = (1, 2, 3, 4)
 STEPS = 300_000
 GRID = np.linspace(0, STEPS, 16)[1:]  # ends of the intervals of steps over which the curves are averaged
 PATH = RESULTS / "bfloat16.csv"
@@ -31,19 +31,20 @@ def train(name: str, seed: int) -> list:
         (path,) = Path(folder, "runs").glob("*/episodes.csv")
         episodes = np.array([[float(row["step"]), float(row["return"])] for row in csv.DictReader(path.open())])
     interval = np.digitize(episodes[:, 0], [0, *GRID], right=True) - 1
-    return [(name, seed, int(step), round(episodes[interval == i, 1].mean(), 3)) for i, step in enumerate(GRID)]
+    return [
+        {"format": name, "seed": seed, "step": int(step), "return": round(episodes[interval == i, 1].mean(), 3)}
+        for i, step in enumerate(GRID)
+    ]
 
 
 def main():
     """Train two agents at a time, write the CSV file after each."""
-    rows = [tuple(row) for row in csv.reader(PATH.open())][1:] if PATH.exists() else []
-    done = {(row[0], int(row[1])) for row in rows}
+    old = csv.DictReader(PATH.open()) if PATH.exists() else []
+    done = {(row["format"], int(row["seed"])) for row in old}
     todo = [(name, seed) for seed in SEEDS for name in FORMATS if (name, seed) not in done]
     with ThreadPoolExecutor(2) as pool:
-        for new in pool.map(lambda job: train(*job), todo):
-            rows += new
-            with PATH.open("w", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows([("format", "seed", "step", "return"), *rows])
+        for rows in pool.map(lambda job: train(*job), todo):
+            write(PATH, rows, keep=lambda row: True)
 
 
 if __name__ == "__main__":

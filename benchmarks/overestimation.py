@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from scores import RESULTS, TABLE, read, run_folder, train
+from speed import write
 
 SCRIPTS = ["dqn_atari", "ddqn_atari"]
 NUM_ENVS = 10
@@ -78,11 +79,7 @@ def main(wanted: list):
             for line in csv.reader((run / "overestimation.csv").open()):
                 found[int(line[0])] = line
             rows = [dict(zip(("script", "step", "expected", "return"), (script, *line))) for line in found.values()]
-            kept = [row for row in read(PATH) if row["script"] != script]  # another process may have written
-            with PATH.open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows([*kept, *rows])
+            write(PATH, rows, keep=lambda row: True)
 
 
 if __name__ == "__main__":
