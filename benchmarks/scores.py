@@ -56,6 +56,9 @@ TABLE = [
     ("a2c_continuous", "--env-id Pendulum-v1 --total-timesteps 1_000_000 --num-envs 8 --num-steps 8 --gamma 0.95 "
      "--action-std 1 --hold-noise 8 --no-normalize-advantages", range(201, 204)),
     ("a2c_continuous", "--env-id HalfCheetah-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
+    ("a2c_continuous", "--env-id Hopper-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135", SEEDS),
+    ("a2c_continuous", "--env-id Walker2d-v5 --total-timesteps 1_000_000 --num-steps 8 --action-std 0.135 "
+     "--hold-noise 8", SEEDS),
     ("sac_continuous", "", SEEDS),
     ("sac_continuous", "--env-id LunarLanderContinuous-v3 --total-timesteps 500_000 --num-envs 4 "
      "--learning-starts 5_000 --policy-frequency 2 --anneal-lr --num-threads 1", [7, 8, 9]),

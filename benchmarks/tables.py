@@ -24,6 +24,8 @@ REFERENCES = [
     ("a2c_continuous", "Panda", -0.24, "best card on the Hub, -0.24 ± 0.14"),
     ("a2c_continuous", "Pendulum", -163, "RL Zoo -163 ± 103, 1 M steps"),
     ("a2c_continuous", "HalfCheetah", 3041, "RL Zoo 3041, v3, 1 M steps"),
+    ("a2c_continuous", "Hopper", 733, "RL Zoo 733, v3, 1 M steps"),
+    ("a2c_continuous", "Walker2d", 582, "RL Zoo 582, v3, 1 M steps"),
     ("a2c_continuous", "", 300, "RL Zoo 300 ± 23, 5 M steps"),
     ("sac_continuous", "LunarLander", 260, "RL Zoo 260 ± 65, 500 k steps"),
     ("sac_continuous", "", -157, "RL Zoo -157 ± 89, 20 k steps"),
