@@ -9,7 +9,7 @@ policy far from the one that collected the data. Actions may be Discrete or Box.
         --learning-rate 1e-3 --gamma 0.98 --ent-coef 0
     python ppo.py --env-id LunarLanderContinuous-v3 --ent-coef 0
     python ppo.py --env-id Pendulum-v1 --total-timesteps 200_000 --num-envs 4 --num-minibatches 16 \
-        --update-epochs 10 --learning-rate 1e-3 --gamma 0.9 --gae-lambda 0.95 --ent-coef 0
+        --update-epochs 10 --learning-rate 1e-3 --gamma 0.95 --gae-lambda 0.95 --ent-coef 0
 
 Papers
     [PPO]  Schulman et al. 2017, Proximal Policy Optimization Algorithms, arXiv:1707.06347
