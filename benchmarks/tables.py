@@ -274,8 +274,8 @@ def solve_table() -> str:
             ", ".join(f"{float(row['seconds']):.0f} s" for row in runs if row["contender"] == name)
             for name in ("ours", "sb3")
         ]
-        rows.append([f"ppo {task}", f"{bound}", ", ".join(dict.fromkeys(row["seed"] for row in runs)), *cells])
-    return markdown("| task | bound | seeds | this project | Stable-Baselines3 |", rows)
+        rows.append([f"ppo {task}", f"{bound}", *cells])
+    return markdown("| task | bound | this project | Stable-Baselines3 |", rows)
 
 
 def selfplay_table() -> str:
