@@ -27,6 +27,7 @@ NUM_ENVS = 10
 NUM_STEPS = 1500
 HORIZON = 500  # later rewards are ignored, because their weight is less than a hundredth: gamma^500
 PATH = RESULTS / "overestimation.csv"
+COLUMNS = ("script", "seed", "step", "expected", "return")
 
 
 @torch.no_grad()
@@ -68,18 +69,17 @@ def child(script: str, argv: list):
 
 def main(wanted: list):
     """Train what is not in the CSV file, and write the file."""
-    for script in wanted:
-        (flags,) = (flags for name, flags, _ in TABLE if name == script and "SpaceInvaders" in flags)
-        if not any(row["script"] == script for row in read(PATH)):
-            folder = run_folder(script, flags, "1")
+    rows = [row for row in TABLE if row[0] in wanted and "SpaceInvaders" in row[1]]
+    for script, flags, seed in ((script, flags, str(seed)) for script, flags, seeds in rows for seed in seeds):
+        if not any((row["script"], row["seed"]) == (script, seed) for row in read(PATH)):
+            folder = run_folder(script, flags, seed)
             if not any(folder.glob("runs/*/overestimation.csv")):  # it was trained without measuring
                 shutil.rmtree(folder, ignore_errors=True)
-            run, _ = train(script, flags, "1", [__file__, "--child", script])
+            run, _ = train(script, flags, seed, [__file__, "--child", script])
             found = {}  # by step, because a resumed run measures its last checkpoint twice
             for line in csv.reader((run / "overestimation.csv").open()):
-                found[int(line[0])] = line
-            rows = [dict(zip(("script", "step", "expected", "return"), (script, *line))) for line in found.values()]
-            write(PATH, rows, keep=lambda row: True)
+                found[int(line[0])] = dict(zip(COLUMNS, (script, seed, *line)))
+            write(PATH, list(found.values()), keep=lambda row: True)
 
 
 if __name__ == "__main__":

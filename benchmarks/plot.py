@@ -149,15 +149,17 @@ def draw_baselines() -> Figure:
 
 
 def draw_overestimation() -> Figure:
-    """What DQN and Double DQN expect as solid lines, what they get as dashed ones."""
+    """What DQN and Double DQN expect as solid lines, what they get as dashed ones. Thin: a seed. Thick: the mean."""
     axis = (figure := Figure(figsize=(7, 3.8), layout="constrained")).subplots()
     for script, name, color in (("dqn_atari", "DQN", OTHER), ("ddqn_atari", "Double DQN", OURS)):
         rows = [row for row in read(RESULTS / "overestimation.csv") if row["script"] == script]
-        steps = [int(row["step"]) / 1000 for row in rows]
+        seeds = dict.fromkeys(row["seed"] for row in rows)
+        steps = [int(row["step"]) / 1000 for row in rows if row["seed"] == rows[0]["seed"]]  # the same with all seeds
         for column, style, verb in (("expected", "-", "expects"), ("return", "--", "gets")):
-            values = [float(row[column]) for row in rows]
-            axis.plot(steps, values, style, color=color, linewidth=2, label=f"{name} {verb}")
-    axis.set(xlabel="thousand steps on Space Invaders, one seed", ylabel="discounted return of a life", xlim=(0, None))
+            curves = np.array([[float(row[column]) for row in rows if row["seed"] == seed] for seed in seeds])
+            axis.plot(steps, curves.T, style, color=color, linewidth=0.8, alpha=0.4)
+            axis.plot(steps, curves.mean(0), style, color=color, linewidth=2, label=f"{name} {verb}")
+    axis.set(xlabel="thousand steps on Space Invaders", ylabel="discounted return of a life", xlim=(0, None))
     axis.legend()
     return figure
 
