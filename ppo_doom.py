@@ -5,7 +5,7 @@ Python needs that AtariVectorEnv did in C++. The agent sees the last four screen
 action lasts four of the game's 35 tics a second, which is one step. It needs `pip install -r requirements-extra.txt`.
 
     python ppo_doom.py --env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4
-    python ppo_doom.py                                        # health gathering: 13.3, 14.7 and 14.1 with three seeds
+    python ppo_doom.py --num-threads 1                        # health gathering: 13.3, 14.7 and 14.1 with three seeds
 
 --env-id is a scenario of VizDoom [Doom], played with one button at a time; --env-kwargs are entries of its config file.
 The default is the task of the Deep RL Course: the floor hurts, and medikits heal. Its score is 0.01 for each tic alive,

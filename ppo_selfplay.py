@@ -6,7 +6,7 @@ the learner sees the board when it is its turn again. So `train` is that of ppo.
 Elo rating says how strong the agent is, beside a player of random moves and minimax players that look 1 to 4 moves
 ahead.
 
-    python ppo_selfplay.py                                      # connect_four_v3; 93 % against minimax of depth 2
+    python ppo_selfplay.py                                      # connect_four_v3; 91 to 93 % against minimax of depth 2
     python ppo_selfplay.py --env-id tictactoe_v3 --total-timesteps 300_000 --num-envs 128 --num-steps 16 \
         --num-minibatches 4 --learning-rate 4e-3 --gamma 0.99 --gae-lambda 0.9
     python ppo_selfplay.py --play RUN_FOLDER                    # you against the agent, in the terminal
