@@ -414,6 +414,18 @@ def test_compiled_networks_give_the_weights_of_the_plain_ones(monkeypatch):
     assert any("conv2d" in graph for graph in graphs)
 
 
+@both
+def test_the_network_at_the_start(module):
+    """Orthogonal weights, with which the screens' differences reach the values: sqrt(2) inside, 0.01 for the output."""
+    args = module.parse_args(["--env-id", "PongNoFrameskip-v4"])
+    agent = module.Agent(module.make_envs(args, 1), args)
+    layers = [layer for layer in agent.modules() if hasattr(layer, "weight")]
+    for layer, gain in zip(layers, [*4 * [2**0.5], 0.01], strict=True):
+        singular_values = torch.linalg.svdvals(layer.weight.flatten(1))
+        torch.testing.assert_close(singular_values, torch.full_like(singular_values, gain), atol=1e-4, rtol=1e-4)
+        assert (layer.bias == 0).all()
+
+
 @pytest.mark.skipif("not torch.cpu.get_capabilities().get('avx512_bf16')", reason="no bfloat16 in hardware")
 def test_bfloat16_gives_the_gradient_of_float32():
     args = dqn.parse_args([])
