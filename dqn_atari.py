@@ -200,14 +200,13 @@ class Agent(nn.Module):
         super().__init__()
         self.bfloat16 = args.bfloat16
         self.eval_epsilon = args.eval_epsilon
-        self.num_actions = int(envs.single_action_space.n)
         self.network = nn.Sequential(
             init_layer(nn.Conv2d(envs.single_observation_space.shape[0], 32, 8, stride=4)), nn.ReLU(),
             init_layer(nn.Conv2d(32, 64, 4, stride=2)), nn.ReLU(),
             init_layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
             init_layer(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
         )  # fmt: skip
-        self.head = init_layer(nn.Linear(512, self.num_actions), gain=0.01)
+        self.head = init_layer(nn.Linear(512, int(envs.single_action_space.n)), gain=0.01)
         if args.compile:
             self.compile(mode="reduce-overhead")
 
@@ -222,7 +221,7 @@ class Agent(nn.Module):
     def epsilon_greedy(self, obs, epsilon: float) -> np.ndarray:
         """Actions (N,) for the environment in `obs` (N, 4, 84, 84): the best ones, or with probability ε random."""
         action = self(obs).argmax(-1).cpu().numpy()
-        random_action = np.random.randint(self.num_actions, size=len(action))
+        random_action = np.random.randint(self.head.out_features, size=len(action))
         return np.where(np.random.rand(len(action)) < epsilon, random_action, action)
 
     def act(self, obs, deterministic: bool) -> np.ndarray:
@@ -290,9 +289,8 @@ class Replay:
             sys.exit(f"{SCRIPT.name}: error: nearly every step in the replay is truncated, so nothing can be learned")
         back = torch.arange(self.num_screens - 1, -2, -1)  # 3, 2, 1, 0 rows back, and -1: the next screen
         rows = (row[:, None] - back) % self.num_rows
-        device = self.screens.device
-        screens = self.screens[rows.to(device), n[:, None].to(device)]  # (B, 5, 84, 84)
-        screens *= (self.age[row, n][:, None] >= back).to(device)[..., None, None]  # black before the start of a game
+        screens = self.screens[rows, n[:, None]]  # (B, 5, 84, 84)
+        screens *= (self.age[row, n][:, None] >= back).to(screens.device)[..., None, None]  # black before the game
         return screens[:, :-1], self.actions[row, n], self.rewards[row, n], screens[:, 1:], self.terminated[row, n]
 
     def state_dict(self) -> dict:
@@ -366,8 +364,7 @@ def train(args: Args) -> Path:
             start_time = time.perf_counter()
 
         # 1. choose actions and begin a step in each of N environments
-        progress = run.step / args.total_timesteps
-        epsilon = args.start_e + (args.end_e - args.start_e) * min(1, progress / args.exploration_fraction)
+        epsilon = np.interp(run.step / args.total_timesteps, [0, args.exploration_fraction], [args.start_e, args.end_e])
         action = agent.epsilon_greedy(torch.as_tensor(obs, device=device), epsilon)
         envs.send(action)
         last_step = run.step
@@ -397,7 +394,6 @@ def train(args: Args) -> Path:
             names = history[0] if history else ()
             metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in names}
             metrics["train/epsilon"] = epsilon
-            metrics["train/learning_rate"] = args.learning_rate
             metrics["time/sps"] = (run.step - start_step) / (time.perf_counter() - start_time)
             run.log(metrics)
             history = []
