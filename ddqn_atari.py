@@ -18,13 +18,13 @@ Papers
     [DQN]  Mnih et al. 2015, Human-level control through deep reinforcement learning, Nature 518
     [37]   Huang et al. 2022, The 37 Implementation Details of Proximal Policy Optimization, ICLR blog
 
-Deviations: Adam instead of RMSprop; orthogonal first weights, without which 160,000 steps of Pong taught nothing;
-ε falls to 0.01 in the first tenth of the run; the target network is updated every 1,000 steps instead of 40,000; the
-network computes in bfloat16 if the CPU has AVX512-BF16; games start with the fire button; the last step of a truncated
-game is not learned from, because the replay lacks the screen that follows; the games start anew at each checkpoint.
+Deviations: Adam instead of RMSprop; orthogonal initial weights, without which Pong was not learned in 160,000 steps;
+ε falls in the first tenth of the run, to 0.01 instead of 0.1; the target network is updated every 1,000 steps instead
+of 40,000; the network computes in bfloat16 if the CPU has AVX512-BF16; games start with the fire button; the last step
+of a truncated game is not learned from, because the replay lacks the screen that follows; the games start anew at each
+checkpoint.
 """
 
-import copy
 import importlib
 import json
 import math
@@ -77,12 +77,12 @@ class Args:
 
     num_envs: int = 16  # parallel environments (N)
     episodic_life: bool = True  # in training, a lost life ends the episode
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # for all but the last layer; fast on GPUs
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer in bfloat16
     compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
-    replay_on_device: bool = True  # keep the replay on the training device, not in main memory
+    replay_on_device: bool = True  # keep the replay's screens on the training device, not in main memory
     save_replay: bool = False  # save the replay in the checkpoint, so that a resumed run goes on exactly
     learning_starts: int = 80_000  # steps in the replay before learning starts
     batch_size: int = 32  # steps in a minibatch (B)
@@ -206,7 +206,7 @@ class Agent(nn.Module):
             init_layer(nn.Conv2d(64, 64, 3, stride=1)), nn.ReLU(), nn.Flatten(),
             init_layer(nn.Linear(64 * 7 * 7, 512)), nn.ReLU(),
         )  # fmt: skip
-        self.head = init_layer(nn.Linear(512, int(envs.single_action_space.n)), gain=0.01)
+        self.head = init_layer(nn.Linear(512, int(envs.single_action_space.n)), gain=0.01)  # small values at first
         if args.compile:
             self.compile(mode="reduce-overhead")
 
@@ -219,13 +219,13 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def epsilon_greedy(self, obs, epsilon: float) -> np.ndarray:
-        """Actions (N,) for the environment in `obs` (N, 4, 84, 84): the best ones, or with probability ε random."""
-        action = self(obs).argmax(-1).cpu().numpy()
-        random_action = np.random.randint(self.head.out_features, size=len(action))
-        return np.where(np.random.rand(len(action)) < epsilon, random_action, action)
+        """Actions (N,) for the screens `obs` (N, 4, 84, 84) uint8: the best ones, or with probability ε random."""
+        q_value = self(obs).cpu().numpy()  # (N, A)
+        random_action = np.random.randint(q_value.shape[1], size=len(q_value))
+        return np.where(np.random.rand(len(q_value)) < epsilon, random_action, q_value.argmax(-1))
 
     def act(self, obs, deterministic: bool) -> np.ndarray:
-        """Actions (N,) for the environment in `obs` (N, 4, 84, 84) uint8: the best ones, or ε-greedy ones."""
+        """Actions (N,) for the screens `obs` (N, 4, 84, 84) uint8: the best ones, or ε-greedy ones."""
         return self.epsilon_greedy(obs, 0 if deterministic else self.eval_epsilon)
 
 
@@ -235,8 +235,8 @@ class Agent(nn.Module):
 class Replay:
     """The last steps of N environments [DQN, Methods], as a ring of R rows; one row is one step of all environments.
 
-    Only the newest screen of each observation is stored; the older ones are in the rows before. `age` (R, N) counts
-    how many of these belong to the same game. The others are black, as at the start of a game.
+    Only the newest screen of each observation is stored; the older ones are in the rows before. `age` (R, N) says how
+    many of these older ones are from the same game, at most 3. The others are black, as at the start of a game.
     """
 
     def __init__(self, buffer_size: int, num_envs: int, obs_shape: tuple, device):
@@ -246,7 +246,7 @@ class Replay:
         self.next_row = 0
         self.new_game = np.ones(num_envs, dtype=bool)  # the next observation is the first of a game
         shape = (self.num_rows, num_envs)
-        self.screens = torch.empty(*shape, *obs_shape[1:], dtype=torch.uint8, device=device)  # takes memory as it fills
+        self.screens = torch.empty(*shape, *obs_shape[1:], dtype=torch.uint8, device=device)  # CPU: grows as it fills
         self.actions = torch.zeros(shape, dtype=torch.int64)
         self.rewards = torch.zeros(shape)
         self.terminated = torch.zeros(shape, dtype=torch.bool)
@@ -272,10 +272,11 @@ class Replay:
         self.new_game = np.ones_like(self.new_game)
 
     def sample(self, batch_size: int):
-        """A random minibatch: obs and next_obs (B, 4, 84, 84) uint8; action, reward, terminated (B,).
+        """A random minibatch: obs, action, reward, next_obs, terminated. Screens (B, 4, 84, 84) uint8, the rest (B,).
 
-        Some steps are not drawn: truncated ones, the newest row (its next screen is missing) and, once the ring is
-        full, the oldest rows (their older screens are overwritten).
+        After a terminated step next_obs may show the next game. Some steps are not drawn: truncated ones, the newest
+        row (its next screen is missing) and, once the ring is full, the oldest rows (their older screens are
+        overwritten).
         """
         overwritten = self.num_screens - 1 if self.size == self.num_rows else 0
         first = self.next_row - self.size + overwritten
@@ -349,7 +350,8 @@ def train(args: Args) -> Path:
     seed_everything(args.seed)
     envs = open_envs(args, args.num_envs)
     agent = Agent(envs, args).to(device)
-    target_network = copy.deepcopy(agent)
+    target_network = Agent(envs, args).to(device)
+    target_network.load_state_dict(agent.state_dict())
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, fused=True)
     replay = make_replay(args, envs.single_observation_space.shape, device)
     saved_replay = {"replay": replay} if args.save_replay else {}

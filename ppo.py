@@ -312,7 +312,7 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
     run = Run(args, agent=agent, optimizer=optimizer)
 
-    # room for one rollout of T steps in N environments: observations as the environment gives them, (T, N, D)
+    # room for one rollout of T steps in N environments: observations as the environment gives them, (T, N, ...)
     T, N = args.num_steps, args.num_envs
     all_obs = torch.as_tensor(np.zeros((T, *envs.observation_space.shape), envs.observation_space.dtype), device=device)
     action_dtype = torch.float32 if isinstance(envs.action_space, Box) else torch.int64

@@ -76,7 +76,7 @@ class Args:
     num_envs: int = 8  # parallel environments (N)
     num_steps: int = 128  # steps per environment in each rollout (T)
     episodic_life: bool = True  # in training, a lost life ends the episode
-    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # for all but the last layers; fast on GPUs
+    bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layers in bfloat16
     compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
     learning_rate: float = 2.5e-4  # of Adam, at the start
     anneal_lr: bool = True  # decrease the learning rate linearly to zero
@@ -289,7 +289,7 @@ def train(args: Args) -> Path:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)  # [37, detail 3]
     run = Run(args, agent=agent, optimizer=optimizer)
 
-    # room for one rollout of T steps in N environments: observations as the environment gives them, (T, N, D)
+    # room for one rollout of T steps in N environments: observations as the environment gives them, (T, N, ...)
     T, N = args.num_steps, args.num_envs
     all_obs = torch.as_tensor(np.zeros((T, *envs.observation_space.shape), envs.observation_space.dtype), device=device)
     action_dtype = torch.float32 if isinstance(envs.action_space, Box) else torch.int64

@@ -405,6 +405,14 @@ def test_compiled_networks_give_the_weights_of_the_plain_ones(monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda function, **options: compiler(function, backend=backend))
+    loss = dqn.dqn_loss
+    compiled = []  # for each minibatch, whether the agent and the target network are compiled
+
+    def spy(agent, target_network, *rest):
+        compiled.append((agent._compiled_call_impl is not None, target_network._compiled_call_impl is not None))
+        return loss(agent, target_network, *rest)
+
+    monkeypatch.setattr(dqn, "dqn_loss", spy)
     flags = "--total-timesteps 128 --train-frequency 8 --target-network-frequency 64 --no-bfloat16".split()
     plain, fast = (load(run("dqn_atari", *flags, flag)) for flag in ("--no-compile", "--compile"))
     for network in ("agent", "target_network"):
@@ -412,6 +420,8 @@ def test_compiled_networks_give_the_weights_of_the_plain_ones(monkeypatch):
         for name, weight in plain[network].items():
             torch.testing.assert_close(fast[network][name], weight)
     assert any("conv2d" in graph for graph in graphs)
+    half = len(compiled) // 2
+    assert compiled == half * [(False, False)] + half * [(True, True)]
 
 
 @both
