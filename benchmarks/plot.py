@@ -164,6 +164,24 @@ def draw_overestimation() -> Figure:
     return figure
 
 
+def draw_first_weights() -> Figure:
+    """The loss of DQN's network on random play, from different first weights. Thin: a seed. Thick: the mean."""
+    axis = (figure := Figure(figsize=(7, 3.4), layout="constrained")).subplots()
+    names = {"torchs_own": ("torch's own", OTHER), "he": ("He's", THIRD), "orthogonal": ("orthogonal", OURS)}
+    for weights, (name, color) in names.items():
+        rows = [row for row in read(RESULTS / "first_weights.csv") if row["weights"] == weights]
+        seeds = dict.fromkeys(row["seed"] for row in rows)
+        minibatches = [int(row["minibatch"]) for row in rows if row["seed"] == rows[0]["seed"]]
+        curves = np.array([[float(row["loss"]) for row in rows if row["seed"] == seed] for seed in seeds])
+        axis.plot(minibatches, curves.T, color=color, linewidth=0.8, alpha=0.4)
+        axis.plot(minibatches, curves.mean(0), color=color, linewidth=2, label=name)
+    constant = float(rows[0]["loss_of_a_constant"])
+    axis.axhline(constant, color=GREY, linestyle="--", linewidth=1.2, label="a constant value")
+    axis.set(xlabel="minibatches of random play in Pong", ylabel="loss", xlim=(0, None), ylim=(0, None))
+    axis.legend()
+    return figure
+
+
 def draw_bfloat16() -> Figure:
     """PPO on Breakout in both formats, a line for each seed."""
     axis = (figure := Figure(figsize=(7, 3.8), layout="constrained")).subplots()
@@ -209,6 +227,7 @@ def pictures() -> dict:
         "scaling": draw_scaling,
         "baselines": draw_baselines,
         "overestimation": draw_overestimation,
+        "first_weights": draw_first_weights,
         "bfloat16": draw_bfloat16,
         "elo": draw_elo,
     }
