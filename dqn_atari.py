@@ -395,7 +395,7 @@ def train(args: Args) -> Path:
         if run.step - start_step >= args.log_interval or run.step >= min(run.next_checkpoint, args.total_timesteps):
             names = history[0] if history else ()
             metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in names}
-            metrics["train/epsilon"] = epsilon
+            metrics |= {"train/epsilon": epsilon, "train/learning_rate": args.learning_rate}
             metrics["time/sps"] = (run.step - start_step) / (time.perf_counter() - start_time)
             run.log(metrics)
             history = []
