@@ -30,6 +30,7 @@ from statistics import harmonic_mean, median
 from tempfile import TemporaryDirectory
 
 import gymnasium as gym
+import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -531,11 +532,12 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    """The name of the processor, if the system tells."""
+    """The name of the processor, if the system tells, and whether the pixel scripts compute in bfloat16 on it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = names[0] if names else platform.processor() or platform.machine()
+    return name + (" with AVX-512 BF16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "")
 
 
 @dataclass
