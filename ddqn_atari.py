@@ -5,10 +5,10 @@ and DQN bootstraps from it. In Double DQN one network chooses the action and the
 difference from dqn_atari.py: `diff dqn_atari.py ddqn_atari.py` is the lesson.
 
     python ddqn_atari.py                                          # Breakout, 10 M steps: not measured yet
-    python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --train-frequency 2 --num-threads 1
+    python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 \
+        --learning-starts 10_000 --learning-rate 2.5e-4 --num-checkpoints 10 --num-threads 1
     python ddqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --num-threads 1
+        --learning-starts 10_000 --learning-rate 2.5e-4 --num-threads 1
 
 One step is four frames. The replay takes 7.1 GB of memory for a million steps. It is not in the checkpoint, unless you
 add --save-replay: without it, a resumed run first fills a new replay.
@@ -22,7 +22,7 @@ Deviations: Adam instead of RMSprop; orthogonal initial weights, without which P
 ε falls in the first tenth of the run, to 0.01 instead of 0.1; the target network is updated every 1,000 steps instead
 of 40,000; the network computes in bfloat16 if the CPU has AVX512-BF16; games start with the fire button; the last step
 of a truncated game is not learned from, because the replay lacks the screen that follows; the games start anew at each
-checkpoint.
+checkpoint, so take few of them where games are long (--num-checkpoints).
 """
 
 import importlib
@@ -98,12 +98,10 @@ class Args:
         """Refuse values that do not fit together."""
         if max(self.gamma, self.start_e, self.end_e, self.eval_epsilon) > 1 or not 0 < self.exploration_fraction <= 1:
             fail("--gamma, --start-e, --end-e, --eval-epsilon, --exploration-fraction: at most 1, the last one above 0")
-        if self.learning_starts < 8 * self.num_envs:
-            fail(f"--learning-starts {self.learning_starts}: must be at least 8 * --num-envs")  # more rows than screens
+        if not 8 * self.num_envs <= self.learning_starts < self.total_timesteps:  # 8: more rows than screens
+            fail(f"--learning-starts {self.learning_starts}: at least 8 * --num-envs, less than --total-timesteps")
         if self.buffer_size < self.learning_starts + self.num_envs:
             fail(f"--buffer-size {self.buffer_size}: must be at least --learning-starts + --num-envs")
-        if self.total_timesteps <= self.learning_starts:
-            fail(f"--total-timesteps {self.total_timesteps}: must be more than --learning-starts")
 
 
 # --- environment ---
@@ -522,11 +520,11 @@ def load_checkpoint(folder: str, **parts) -> dict:
 
 
 def check_finite(values: dict):
-    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors."""
+    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors; skip settings and bytes."""
     for name, value in values.items():
         if isinstance(value, dict):
             check_finite(value)
-        elif name != "param_groups" and not torch.as_tensor(value).sum().isfinite():  # groups are settings
+        elif name not in ("param_groups", "screens") and not torch.as_tensor(value).sum().isfinite():
             sys.exit(f"\n{SCRIPT.name}: error: {name} is NaN or infinite; the last checkpoint is kept")
 
 

@@ -477,11 +477,11 @@ def load_checkpoint(folder: str, **parts) -> dict:
 
 
 def check_finite(values: dict):
-    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors."""
+    """End the program at a NaN or infinity in a nested dict of numbers, arrays and tensors; skip settings and bytes."""
     for name, value in values.items():
         if isinstance(value, dict):
             check_finite(value)
-        elif name != "param_groups" and not torch.as_tensor(value).sum().isfinite():  # groups are settings
+        elif name not in ("param_groups", "screens") and not torch.as_tensor(value).sum().isfinite():
             sys.exit(f"\n{SCRIPT.name}: error: {name} is NaN or infinite; the last checkpoint is kept")
 
 

@@ -460,9 +460,9 @@ BAD_INPUT = {
     "--eval-epsilon 1.5": "at most 1",
     "--start-e 2": "at most 1",
     "--exploration-fraction 0": "above 0",
-    "--learning-starts 100 --num-envs 16": "--learning-starts 100: must be at least 8 * --num-envs",
+    "--learning-starts 100 --num-envs 16": "--learning-starts 100: at least 8 * --num-envs",
     "--buffer-size 80_015": "--buffer-size 80015: must be at least --learning-starts + --num-envs",
-    "--total-timesteps 80_000": "--total-timesteps 80000: must be more than --learning-starts",
+    "--total-timesteps 80_000": "--learning-starts 80000: at least 8 * --num-envs, less than --total-timesteps",
 }
 
 

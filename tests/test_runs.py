@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -303,6 +304,18 @@ def test_numbers_are_checked_at_any_depth(number):
     for bad in (state, number, np.float32(number), np.array([1, number]), {"a": {"b": torch.tensor([number])}}):
         with pytest.raises(SystemExit, match="is NaN or infinite"):
             check_finite({"good": 1.0, "bad": bad})
+
+
+def test_the_check_for_nan_needs_no_memory_for_a_replay_of_screens():
+    """torch sums bytes as int64: that would be 8 bytes for each, 57 GB for a million screens."""
+    program = """
+import psutil, resource, torch, ppo
+screens = torch.ones(100_000_000, dtype=torch.uint8)
+limit = psutil.Process().memory_info().vms + 400_000_000
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+ppo.check_finite({"replay": {"screens": screens}, "next_row": 3})
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_nan_actions_do_not_crash_the_process(start):
