@@ -80,6 +80,7 @@ class Args:
     bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer in bfloat16
     compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
+    anneal_lr: bool = False  # decrease the learning rate linearly to zero
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
     replay_on_device: bool = True  # keep the replay's screens on the training device, not in main memory
@@ -350,7 +351,6 @@ def train(args: Args) -> Path:
     replay = make_replay(args, envs.single_observation_space.shape, device)
     saved_replay = {"replay": replay} if args.save_replay else {}
     run = Run(args, agent=agent, target_network=target_network, optimizer=optimizer, **saved_replay)
-    optimizer.param_groups[0]["lr"] = args.learning_rate  # not the one of the checkpoint
 
     while run.step < args.total_timesteps:
         if run.step >= run.next_checkpoint:  # at once at the start
@@ -371,6 +371,8 @@ def train(args: Args) -> Path:
         run.step += args.num_envs
 
         # 2. learn while the environments play: one gradient step every --train-frequency environment steps
+        learning_rate = args.learning_rate * (1 - last_step / args.total_timesteps if args.anneal_lr else 1)
+        optimizer.param_groups[0]["lr"] = learning_rate
         if replay.size * args.num_envs >= args.learning_starts:
             for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
                 minibatch = [tensor.to(device) for tensor in replay.sample(args.batch_size)]
@@ -393,7 +395,7 @@ def train(args: Args) -> Path:
         if run.step - start_step >= args.log_interval or run.step >= min(run.next_checkpoint, args.total_timesteps):
             names = history[0] if history else ()
             metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in names}
-            metrics |= {"train/epsilon": epsilon, "train/learning_rate": args.learning_rate}
+            metrics |= {"train/epsilon": epsilon, "train/learning_rate": learning_rate}
             metrics["time/sps"] = (run.step - start_step) / (time.perf_counter() - start_time)
             run.log(metrics)
             history = []

@@ -308,6 +308,19 @@ def test_gradient_steps_copies_and_epsilons_fall_on_the_right_steps(monkeypatch)
     np.testing.assert_allclose([event.value for event in epsilons], [0.636, 0.364] + [0.1] * 4, atol=1e-6)
 
 
+@pytest.mark.parametrize("anneal", [True, False])
+def test_the_learning_rate_of_each_gradient_step(monkeypatch, anneal):
+    no_evaluation(monkeypatch, dqn)
+    rates = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
+    flags = "--num-envs 4 --total-timesteps 400 --train-frequency 4 --learning-starts 40 --learning-rate 0.002"
+    folder = run("dqn_atari", *flags.split(), f"--anneal-lr={anneal}")
+    expected = [0.002 * (1 - last / 400 if anneal else 1) for last in range(40, 400, 4)]  # never 0
+    np.testing.assert_allclose(rates, expected)
+    assert scalars(folder, "train/learning_rate")[-1].value == pytest.approx(expected[-1])
+
+
 def test_what_is_stored_is_what_happened_and_what_is_drawn_is_learned_from(monkeypatch):
     """train() beside the games it plays, the replay it fills and the two networks it has."""
     no_evaluation(monkeypatch, dqn)
