@@ -6,7 +6,7 @@ difference from dqn_atari.py: `diff dqn_atari.py ddqn_atari.py` is the lesson.
 
     python ddqn_atari.py                                          # Breakout, 10 M steps: not measured yet
     python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --learning-rate 2.5e-4 --num-checkpoints 10 --num-threads 1
+        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.1 --num-checkpoints 10 --num-threads 1
     python ddqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
         --learning-starts 10_000 --num-threads 1
 
@@ -80,7 +80,7 @@ class Args:
     bfloat16: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # all but the last layer in bfloat16
     compile: bool = False  # compile the network, which takes a minute; for long runs on a GPU
     learning_rate: float = 1e-4  # of Adam
-    anneal_lr: bool = False  # decrease the learning rate linearly to zero
+    anneal_last: float = 0.0  # last fraction of the run, in which the learning rate falls linearly to zero
     gamma: float = 0.99  # discount factor
     buffer_size: int = 1_000_000  # steps that the replay holds, 7 kB each
     replay_on_device: bool = True  # keep the replay's screens on the training device, not in main memory
@@ -97,8 +97,8 @@ class Args:
 
     def check(self):
         """Refuse values that do not fit together."""
-        if max(self.gamma, self.start_e, self.end_e, self.eval_epsilon) > 1 or not 0 < self.exploration_fraction <= 1:
-            fail("--gamma, --start-e, --end-e, --eval-epsilon, --exploration-fraction: at most 1, the last one above 0")
+        if max(self.gamma, self.start_e, self.end_e, self.eval_epsilon, self.exploration_fraction) > 1:
+            fail("--gamma, --start-e, --end-e, --eval-epsilon, --exploration-fraction: must be at most 1")
         if not 8 * self.num_envs <= self.learning_starts < self.total_timesteps:  # 8: more rows than screens
             fail(f"--learning-starts {self.learning_starts}: at least 8 * --num-envs, less than --total-timesteps")
         if self.buffer_size < self.learning_starts + self.num_envs:
@@ -375,8 +375,8 @@ def train(args: Args) -> Path:
         run.step += args.num_envs
 
         # 2. learn while the environments play: one gradient step every --train-frequency environment steps
-        learning_rate = args.learning_rate * (1 - last_step / args.total_timesteps if args.anneal_lr else 1)
-        optimizer.param_groups[0]["lr"] = learning_rate
+        learning_rate = np.interp(last_step / args.total_timesteps, [1 - args.anneal_last, 1], [args.learning_rate, 0])
+        optimizer.param_groups[0]["lr"] = float(learning_rate)
         if replay.size * args.num_envs >= args.learning_starts:
             for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
                 minibatch = [tensor.to(device) for tensor in replay.sample(args.batch_size)]

@@ -308,15 +308,16 @@ def test_gradient_steps_copies_and_epsilons_fall_on_the_right_steps(monkeypatch)
     np.testing.assert_allclose([event.value for event in epsilons], [0.636, 0.364] + [0.1] * 4, atol=1e-6)
 
 
-@pytest.mark.parametrize("anneal", [True, False])
-def test_the_learning_rate_of_each_gradient_step(monkeypatch, anneal):
+@pytest.mark.parametrize("fraction", [0, 0.25, 1])
+def test_the_learning_rate_of_each_gradient_step(monkeypatch, fraction):
     no_evaluation(monkeypatch, dqn)
     rates = []
     step = torch.optim.Adam.step
     monkeypatch.setattr(torch.optim.Adam, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self))
     flags = "--num-envs 4 --total-timesteps 400 --train-frequency 4 --learning-starts 40 --learning-rate 0.002"
-    folder = run("dqn_atari", *flags.split(), f"--anneal-lr={anneal}")
-    expected = [0.002 * (1 - last / 400 if anneal else 1) for last in range(40, 400, 4)]  # never 0
+    folder = run("dqn_atari", *flags.split(), f"--anneal-last={fraction}")
+    left = 1 - np.arange(40, 400, 4) / 400  # of the run, before each gradient step; never 0
+    expected = 0.002 * np.minimum(left / fraction, 1) if fraction else [0.002] * 90
     np.testing.assert_allclose(rates, expected)
     assert scalars(folder, "train/learning_rate")[-1].value == pytest.approx(expected[-1])
 
@@ -472,7 +473,7 @@ BAD_INPUT = {
     "--env-id CartPole-v1": "Atari game",
     "--eval-epsilon 1.5": "at most 1",
     "--start-e 2": "at most 1",
-    "--exploration-fraction 0": "above 0",
+    "--exploration-fraction 2": "at most 1",
     "--learning-starts 100 --num-envs 16": "--learning-starts 100: at least 8 * --num-envs",
     "--buffer-size 80_015": "--buffer-size 80015: must be at least --learning-starts + --num-envs",
     "--total-timesteps 80_000": "--learning-starts 80000: at least 8 * --num-envs, less than --total-timesteps",
