@@ -372,7 +372,7 @@ def train(args: Args) -> Path:
 
         # 2. learn while the environments play: one gradient step every --train-frequency environment steps
         learning_rate = np.interp(last_step / args.total_timesteps, [1 - args.anneal_last, 1], [args.learning_rate, 0])
-        optimizer.param_groups[0]["lr"] = float(learning_rate)
+        optimizer.param_groups[0]["lr"] = float(learning_rate)  # load_checkpoint takes no NumPy numbers
         if replay.size * args.num_envs >= args.learning_starts:
             for _ in range(run.step // args.train_frequency - last_step // args.train_frequency):
                 minibatch = [tensor.to(device) for tensor in replay.sample(args.batch_size)]
