@@ -6,7 +6,8 @@ difference from dqn_atari.py: `diff dqn_atari.py ddqn_atari.py` is the lesson.
 
     python ddqn_atari.py                                          # Breakout, 10 M steps: not measured yet
     python ddqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.1 --num-checkpoints 10 --num-threads 1
+        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 \
+        --num-threads 1
     python ddqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
         --learning-starts 10_000 --num-threads 1
 

@@ -7,7 +7,8 @@ games are played at once, but there is still one gradient step every --train-fre
 
     python dqn_atari.py                                           # Breakout, 10 M steps: not measured yet
     python dqn_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.1 --num-checkpoints 10 --num-threads 1
+        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 \
+        --num-threads 1
     python dqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
         --learning-starts 10_000 --num-threads 1
 

@@ -75,11 +75,13 @@ TABLE = [
     ("ppo_doom", "--env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4 "
      "--num-threads 1", SEEDS),
     ("dqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.1 --num-checkpoints 10 --num-threads 1", SEEDS),
+     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 "
+     "--num-threads 1", SEEDS),
     ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
      "--learning-starts 10_000 --num-threads 1", SEEDS),
     ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.1 --num-checkpoints 10 --num-threads 1", SEEDS),
+     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 "
+     "--num-threads 1", SEEDS),
     ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
      "--learning-starts 10_000 --num-threads 1", SEEDS),
 ]  # fmt: skip
