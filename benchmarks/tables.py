@@ -46,6 +46,8 @@ REFERENCES = [
     ("dqn_atari", "BeamRider", 6673, "CleanRL 6673, 10 M steps"),
     ("dqn_atari", "Qbert", 9497, "RL Zoo 9497, 10 M steps"),
     ("dqn_atari", "Seaquest", 2000, "RL Zoo 2000, 10 M steps"),
+    ("ddqn_atari", "Pong", 21.0, "paper 21.0, 50 M steps"),
+    ("ddqn_atari", "SpaceInvaders", 3155, "paper 3155, 50 M steps"),
     ("ddqn_atari", "", None, "–"),
     ("ppo_doom", "Basic", None, "–"),
     ("ppo_doom", "", 18.7, "cards on the Hub, 6.9 ± 2.8 to 18.7 ± 4.7"),
@@ -61,7 +63,7 @@ OVERVIEW = [
     ("ppo_atari_multigpu", "PPO, several GPUs", None),
     ("ppo_doom", "PPO on Doom", ""),
     ("dqn_atari", "DQN from pixels", "Pong"),
-    ("ddqn_atari", "Double DQN", "SpaceInvaders"),
+    ("ddqn_atari", "Double DQN", "Pong"),
     ("sac_continuous", "SAC (continuous)", ""),
 ]
 # contender in speed.csv: its name; in this order
