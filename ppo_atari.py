@@ -6,7 +6,7 @@ clips rewards to their sign, and a lost life ends the episode; scores are those 
 network serves both the policy and the value.
 
     python ppo_atari.py                                           # Breakout, 10 M steps: not measured yet
-    python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 2_000_000 --learning-rate 5e-4 --num-threads 1
+    python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 3_000_000 --learning-rate 5e-4 --num-threads 1
     python ppo_atari.py --env-id ALE/Breakout-v5                  # sticky actions [Sticky]
 
 Papers
