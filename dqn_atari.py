@@ -10,7 +10,7 @@ games are played at once, but there is still one gradient step every --train-fre
         --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 \
         --num-threads 1
     python dqn_atari.py --env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 \
-        --learning-starts 10_000 --num-threads 1
+        --learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --num-threads 1
 
 One step is four frames. The replay takes 7.1 GB of memory for a million steps. It is not in the checkpoint, unless you
 add --save-replay: without it, a resumed run first fills a new replay.

@@ -79,12 +79,12 @@ TABLE = [
      "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 "
      "--num-threads 1", SEEDS),
     ("dqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --num-threads 1", SEEDS),
+     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --num-threads 1", SEEDS),
     ("ddqn_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 1_000_000 --buffer-size 200_000 "
      "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --train-frequency 3 --num-checkpoints 10 "
      "--num-threads 1", SEEDS),
     ("ddqn_atari", "--env-id SpaceInvadersNoFrameskip-v4 --total-timesteps 600_000 --buffer-size 200_000 "
-     "--learning-starts 10_000 --num-threads 1", SEEDS),
+     "--learning-starts 10_000 --learning-rate 2.5e-4 --anneal-last 0.5 --num-threads 1", SEEDS),
 ]  # fmt: skip
 GPU_TABLE = [
     (script, f"--env-id {game}NoFrameskip-v4 --device cuda --compile {flags}", [1])
