@@ -71,13 +71,13 @@ def draw_curves(script: str) -> Figure:
         seeds = f"mean of {len(curves)} seeds" if len(curves) > 1 else "1 seed"
         axis.plot(steps / unit, returns.mean(0), color=OURS, linewidth=2.4, label=seeds)
         value, text = reference(script, flags)
-        top = axis.get_ylim()[1]
+        bottom, top = axis.get_ylim()
         above = value is not None and value > 1.5 * top > 0  # the line would press the curves onto the floor
         if value is not None:
             text += " (above)" if above else ""
             axis.axhline(value, color=OTHER, linestyle="--", linewidth=1.2, label=text)
         if above:
-            axis.set_ylim(top=top)
+            axis.set_ylim(bottom, top)
         axis.legend(loc="best", fontsize=8.5)
         axis.set(title=task_name(env_id, flags), xlabel=f"{name} steps", ylabel="return", xlim=(0, None))
     figure.suptitle(f"{script}.py", fontsize=11)
