@@ -216,6 +216,15 @@ def test_pictures_are_drawn_for_light_and_dark_pages_and_shown(tmp_path, monkeyp
     assert shown == drawn.keys() == {path.name for path in (ROOT / "docs").glob("*.svg")}
 
 
+@pytest.mark.parametrize("value, label", [(15, "theirs"), (100, "theirs (above)")])
+def test_a_reference_far_above_the_curves_stands_only_in_the_legend(monkeypatch, value, label):
+    monkeypatch.setattr(plot, "panels", lambda script: {("", "Game-v1"): [np.array([[0, 0], [100, 10]])]})
+    monkeypatch.setattr(plot, "reference", lambda *task: (value, "theirs"))
+    (axis,) = plot.draw_curves("ppo").axes
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["1 seed", label]
+    assert (axis.get_ylim()[1] > value) == (label == "theirs")
+
+
 def test_every_task_has_a_row_of_references():
     """The row may say that there is no reference."""
     for script, flags, _ in (*scores.TABLE, *scores.GPU_TABLE):
